@@ -1,0 +1,397 @@
+"""Messages between a service process and its engine process, over ZeroMQ, encoded by msgspec.
+
+Commands go to the engine, events come back; both are tagged unions. `id` names a request within this worker
+(chosen by the service); `follow` names a reader's Follow stream; `read` and `export` name one use of the staging
+ring (see `kvrelay_transfer.staging`). Streams live in the service; pins, words and tickets live in the engine.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from msgspec import Struct
+
+from kvrelay_core.request import (
+    AttemptId,
+    ChoiceState,
+    ErrorInfo,
+    FinishReason,
+    FirstToken,
+    Generation,
+    HandoffTiming,
+    TokenLogprobs,
+    Usage,
+)
+from kvrelay_transfer.connectors.base import ConnectorOffer, PeerInfo
+from kvrelay_transfer.layout import KvLayout
+from kvrelay_transfer.ticket import GroupBlocks, KvTicket, LeaseTerms
+
+
+class ReleaseReason(StrEnum):
+    PULLED = "pulled"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+    REFUSED = "refused"
+
+
+# ------------------------------------------------------------------------------------------- commands
+
+
+class Command(Struct, frozen=True, tag=True):
+    pass
+
+
+class Prefill(Command, frozen=True):
+    """Compute the prompt's KV and sample position `len(committed)` of each choice."""
+
+    id: int
+    attempt: AttemptId
+    generation: Generation
+    handoff: bool  # False: no ticket, the KV stays only as prefix cache
+
+
+class Decode(Command, frozen=True):
+    """Generate. With a ticket: pull its KV first (WAITING_REMOTE_KV); without: compute everything here."""
+
+    id: int
+    attempt: AttemptId
+    generation: Generation
+    ticket: KvTicket | None = None
+
+
+class Abort(Command, frozen=True):
+    """Forget the request and free what it holds. Idempotent; answered by nothing."""
+
+    id: int
+    reason: str
+
+
+class Resume(Command, frozen=True):
+    """The answer to HandoffLost: recompute what is missing here and go on after the committed tokens."""
+
+    id: int
+    choices: tuple[ChoiceState, ...]
+
+
+class HandoffReady(Command, frozen=True):
+    """The source sealed this many blocks (cumulative), one number per KV group."""
+
+    id: int
+    num_blocks: tuple[int, ...]
+
+
+class HandoffComplete(Command, frozen=True):
+    id: int
+    first_tokens: tuple[FirstToken, ...]
+    partial: tuple[GroupBlocks, ...]
+
+
+class HandoffFailed(Command, frozen=True):
+    """Follow ended with an error or was lost."""
+
+    id: int
+    error: ErrorInfo
+
+
+class FollowAttach(Command, frozen=True):
+    follow: int
+    ticket: KvTicket
+
+
+class FollowBeat(Command, frozen=True):
+    follow: int
+
+
+class FollowLost(Command, frozen=True):
+    """The transport of a Follow ended without Release."""
+
+    follow: int
+
+
+class FollowRelease(Command, frozen=True):
+    follow: int
+    reason: ReleaseReason
+
+
+class ReleaseTicket(Command, frozen=True):
+    """Release by RPC or by the router; answered by Released."""
+
+    call: int
+    ticket: KvTicket
+
+
+class PrefillStreamClosed(Command, frozen=True):
+    """The router's stream that held this request's ticket is gone for good: free it unless it is followed."""
+
+    id: int
+
+
+class ConnectPeer(Command, frozen=True):
+    peer: PeerInfo
+
+
+class DisconnectPeer(Command, frozen=True):
+    peer_id: str
+
+
+class Export(Command, frozen=True):
+    """Copy these blocks into a staging slot; answered by Exported."""
+
+    export: int
+    ticket: KvTicket
+    group: int
+    blocks: tuple[int, ...]
+    slot: int
+
+
+class FetchedPiece(Command, frozen=True):
+    """Blocks [first, first + len(words)) of a read lie in a staging slot; words were read at the source after
+    the copy. The engine answers SlotFree when it has copied them out."""
+
+    read: int
+    first: int
+    slot: int
+    words: tuple[int, ...]
+
+
+class FetchEnded(Command, frozen=True):
+    """The socket half of a read is over; without an error every piece was delivered before."""
+
+    read: int
+    error: ErrorInfo | None = None
+
+
+class GetLoad(Command, frozen=True):
+    """Answered by LoadReply; `check_integrity` raises inside the engine if a count is inconsistent."""
+
+    call: int
+    check_integrity: bool = False
+
+
+class Drain(Command, frozen=True):
+    """Refuse new requests from now on."""
+
+
+class Shutdown(Command, frozen=True):
+    pass
+
+
+EngineCommand = (
+    Prefill | Decode | Abort | Resume | HandoffReady | HandoffComplete | HandoffFailed | FollowAttach | FollowBeat
+    | FollowLost | FollowRelease | ReleaseTicket | PrefillStreamClosed | ConnectPeer | DisconnectPeer | Export
+    | FetchedPiece | FetchEnded | GetLoad | Drain | Shutdown
+)  # fmt: skip
+
+# --------------------------------------------------------------------------------------------- events
+
+
+class Event(Struct, frozen=True, tag=True):
+    pass
+
+
+class Load(Struct, frozen=True, kw_only=True):
+    """What the engine holds now. All but blocks_total, blocks_cached and the counters are 0 when idle."""
+
+    requests_waiting: int = 0
+    requests_waiting_remote_kv: int = 0
+    requests_running: int = 0
+    tokens_queued: int = 0
+    blocks_total: int = 0
+    blocks_in_use: int = 0
+    blocks_cached: int = 0
+    blocks_pinned: int = 0
+    blocks_quarantined: int = 0
+    leases: int = 0
+    transfers: int = 0
+    steps: int = 0
+    handoff_bytes: int = 0
+    handoff_s: float = 0.0
+    stale_reads: int = 0
+    expired_leases: int = 0
+
+
+class Started(Event, frozen=True):
+    """The engine is ready. First message of a start."""
+
+    engine_epoch: bytes
+    model_fingerprint: bytes
+    layout: KvLayout
+    num_blocks: int
+    max_model_len: int
+    max_num_seqs: int
+    max_batched_tokens: int
+    vocab_size: int
+    offers: tuple[ConnectorOffer, ...]
+    device: str
+    decode_alone_tokens: int
+    staging_fd_path: str  # /proc/<engine pid>/fd/<n> of the staging ring
+    staging_slots: int
+    staging_slot_bytes: int
+
+
+class StartFailed(Event, frozen=True):
+    error: ErrorInfo
+
+
+class Queued(Event, frozen=True):
+    id: int
+    eta_s: float
+
+
+class Accepted(Event, frozen=True):
+    """The prompt's blocks are reserved and its first chunk is about to run."""
+
+    id: int
+    ticket: KvTicket | None
+    cached_tokens: int
+
+
+class PrefillFinished(Event, frozen=True):
+    id: int
+    first_tokens: tuple[FirstToken, ...]
+    usage: Usage
+    queue_s: float
+    compute_s: float
+
+
+class RequestFailed(Event, frozen=True):
+    """The request is over and holds nothing any more."""
+
+    id: int
+    error: ErrorInfo
+
+
+class HandoffDone(Event, frozen=True):
+    """All KV is here and verified; decoding begins."""
+
+    id: int
+    timing: HandoffTiming
+
+
+class HandoffLost(Event, frozen=True):
+    """The hand-off cannot complete. The request waits for Resume or Abort."""
+
+    id: int
+    verified_blocks: int
+    verified_tokens: int
+    error: ErrorInfo
+
+
+class HandedBack(Event, frozen=True):
+    """Preempted, and too long to recompute here. The request is over; place it anew."""
+
+    id: int
+    error: ErrorInfo
+
+
+class HandoffRelease(Event, frozen=True):
+    """The reader is through with the source: end the Follow stream with this reason."""
+
+    id: int
+    reason: ReleaseReason
+
+
+class StepTokens(Event, frozen=True):
+    """The tokens of one engine step, as columns. `logprobs` is empty or has one entry per row."""
+
+    ids: tuple[int, ...]
+    choices: tuple[int, ...]
+    positions: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs | None, ...] = ()
+
+
+class ChoiceFinished(Event, frozen=True):
+    """A choice of a decode request ended; after the last one the request is over."""
+
+    id: int
+    choice: int
+    reason: FinishReason
+    num_tokens: int
+    stop_token_id: int | None = None
+
+
+class FollowAttached(Event, frozen=True):
+    follow: int
+    lease: LeaseTerms
+
+
+class FollowReady(Event, frozen=True):
+    follow: int
+    num_blocks: tuple[int, ...]
+
+
+class FollowComplete(Event, frozen=True):
+    follow: int
+    first_tokens: tuple[FirstToken, ...]
+    partial: tuple[GroupBlocks, ...]
+
+
+class FollowFailed(Event, frozen=True):
+    follow: int
+    error: ErrorInfo
+
+
+class Released(Event, frozen=True):
+    call: int
+    released: bool
+    error: ErrorInfo | None = None
+
+
+class PeerConnected(Event, frozen=True):
+    peer_id: str
+    connector: str
+    gb_per_s: float
+
+
+class PeerFailed(Event, frozen=True):
+    peer_id: str
+    error: ErrorInfo
+
+
+class Fetch(Event, frozen=True):
+    """The grpc connector asks the service to do the socket half of a read."""
+
+    read: int
+    peer_id: str
+    ticket: KvTicket
+    group: int
+    blocks: tuple[int, ...]
+
+
+class FetchAbort(Event, frozen=True):
+    read: int
+
+
+class Exported(Event, frozen=True):
+    """`words` were read after the last byte was copied into the slot."""
+
+    export: int
+    words: tuple[int, ...]
+    error: ErrorInfo | None = None
+
+
+class SlotFree(Event, frozen=True):
+    slot: int
+
+
+class Beat(Event, frozen=True):
+    """Sent by the engine loop about every 0.5 s: the proof that it is not hung. `pulled` maps the id of each
+    hand-off in progress to its blocks pulled so far."""
+
+    load: Load
+    pulled: dict[int, int]
+
+
+class LoadReply(Event, frozen=True):
+    call: int
+    load: Load
+    error: ErrorInfo | None = None
+
+
+EngineEvent = (
+    Started | StartFailed | Queued | Accepted | PrefillFinished | RequestFailed | HandoffDone | HandoffLost
+    | HandedBack | HandoffRelease | StepTokens | ChoiceFinished | FollowAttached | FollowReady | FollowComplete
+    | FollowFailed | Released | PeerConnected | PeerFailed | Fetch | FetchAbort | Exported | SlotFree | Beat
+    | LoadReply
+)  # fmt: skip

@@ -1,0 +1,37 @@
+"""What the engine loop asks of a model: run a ragged batch over the paged pool, give logits of some rows.
+
+`ModelRunner` (model_runner.py) does it with a model; tests use a runner with hand-computable answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(slots=True)
+class BatchRow:
+    """Consecutive tokens of one sequence to be computed in this step."""
+
+    token_ids: Sequence[int]
+    start: int  # position of the first of them; KV of all earlier positions is in the pool
+    block_table: Sequence[int]  # covers positions 0 .. start + len(token_ids) - 1
+    wants_logits: bool  # of the last token
+
+
+class Runner(Protocol):
+    vocab_size: int
+
+    def run(self, batch: Sequence[BatchRow]) -> torch.Tensor:
+        """Writes the rows' KV into the pool. Returns float32 logits [rows that want them, vocab], in order.
+
+        When it returns (CPU) or when the current stream has passed it (CUDA) the KV is in the pool.
+        """
+        ...
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copies whole blocks (source, destination): a fork's partial block."""
+        ...

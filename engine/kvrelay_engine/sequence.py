@@ -1,0 +1,88 @@
+"""A request inside the engine, and its sequences (one per choice).
+
+The scheduler moves them between states; the runner sees only token ids, positions and block tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from kvrelay_core.hashing import HASH_BYTES, hash_units
+from kvrelay_core.request import AttemptId, FinishReason, Generation
+from kvrelay_transfer.layout import KvLayout, block_keys
+
+
+class SequenceState(Enum):
+    WAITING = "waiting"  # for tokens of a step's budget and for blocks
+    WAITING_REMOTE_KV = "waiting for remote KV"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class HashChain:
+    """Unit hashes of a growing token sequence, extended as tokens come."""
+
+    def __init__(self, root: bytes, layout: KvLayout) -> None:
+        self._layout = layout
+        self._parent = root
+        self.unit_hashes: list[bytes] = []
+
+    def extend(self, tokens: list[int]) -> None:
+        """Hashes the full units of `tokens` that are not hashed yet."""
+        done = len(self.unit_hashes) * self._layout.hash_unit_tokens
+        new = hash_units(self._parent, tokens[done:], self._layout.hash_unit_tokens)
+        if new:
+            self.unit_hashes += new
+            self._parent = new[-1]
+
+    def keys(self) -> list[bytes]:
+        return block_keys(self.unit_hashes, self._layout)
+
+    def packed(self) -> bytes:
+        assert all(len(unit) == HASH_BYTES for unit in self.unit_hashes)
+        return b"".join(self.unit_hashes)
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One choice of a request. `tokens` = prompt, committed and generated tokens."""
+
+    request: EngineRequest
+    choice: int
+    tokens: list[int]
+    chain: HashChain
+    state: SequenceState = SequenceState.WAITING
+    num_computed: int = 0  # tokens whose KV is in the pool
+    num_published: int = 0  # blocks offered to the prefix cache so far
+    num_cached: int = 0  # tokens that came from the prefix cache or a hand-off
+    blocks: list[int] = field(default_factory=list)
+    last_step: int = 0  # last launched step that touches the blocks
+    finish_reason: FinishReason | None = None
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.generation.prompt)
+
+    @property
+    def num_generated(self) -> int:
+        """Committed tokens included: the position of the next token."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.tokens) - self.num_computed
+
+
+@dataclass(slots=True, eq=False)
+class EngineRequest:
+    """A Prefill or Decode command in progress. Sequences fork from the first one after the prompt."""
+
+    id: int
+    attempt: AttemptId
+    generation: Generation
+    is_prefill: bool
+    arrived_s: float
+    deadline_at_s: float | None = None
+    first_scheduled_s: float | None = None
+    sequences: list[Sequence] = field(default_factory=list)

@@ -1,0 +1,102 @@
+"""What a connector is: a way to read blocks of a peer's pool into our own.
+
+    offer()               once, at start: what a peer needs to reach our pool          (source side)
+    connect(peer, offer)  once per peer: a link to the peer's pool                     (reader side)
+    link.read(...)        per hand-off chunk: posts the copy and returns at once
+    transfer.poll()       from the engine's step loop, never blocking, until terminal
+    link.close()          the peer is gone; transfers still posted become TORN_DOWN
+
+Contract of a read (PROTOCOL A5, A6, E3):
+- the destination blocks belong to the transfer until `poll()` returns a terminal state; after `abort()` too;
+- when `poll()` returns DONE, `words` holds the source's fence words of the blocks, read by a *second*
+  operation that was issued after the data's completion was observed. Comparing them is the caller's part;
+- every read has a deadline of its own; a source that does not progress ends as FAILED or TORN_DOWN.
+
+A connector knows nothing of requests, leases or prefix caches.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from enum import Enum
+
+from msgspec import Struct
+
+from kvrelay_core.errors import KvRelayError
+from kvrelay_transfer.layout import KvLayout
+from kvrelay_transfer.ticket import KvTicket
+
+
+class TransferState(Enum):
+    PENDING = "pending"
+    DONE = "done"
+    FAILED = "failed"
+    TORN_DOWN = "torn down"
+
+    @property
+    def is_terminal(self) -> bool:
+        return self is not TransferState.PENDING
+
+
+class ConnectorOffer(Struct, frozen=True, array_like=True):
+    """How to reach a pool through the connector `name`; only that connector reads `endpoint`."""
+
+    name: str
+    endpoint: bytes
+
+
+class PeerInfo(Struct, frozen=True, array_like=True):
+    """A source as its Connect handshake described it. `peer_id` is its address."""
+
+    peer_id: str
+    engine_epoch: bytes
+    model_fingerprint: bytes
+    layout: KvLayout
+    offers: tuple[ConnectorOffer, ...]
+
+
+class BlockRead(Struct, frozen=True, array_like=True):
+    """remote_blocks[i] of the peer is to be copied into local_blocks[i]; whole blocks."""
+
+    ticket: KvTicket
+    group: int
+    remote_blocks: tuple[int, ...]
+    local_blocks: tuple[int, ...]
+
+
+class Transfer(ABC):
+    """One asynchronous read."""
+
+    words: tuple[int, ...] = ()
+    error: KvRelayError | None = None
+
+    @abstractmethod
+    def poll(self) -> TransferState:
+        """Never blocks. Terminal states are final."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Asks for an early end. The destination stays the transfer's until `poll()` says it is terminal."""
+
+
+class PeerLink(ABC):
+    @abstractmethod
+    def read(self, read: BlockRead) -> Transfer: ...
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+class Connector(ABC):
+    name: str
+
+    @abstractmethod
+    def offer(self) -> ConnectorOffer | None:
+        """None when this side can only read."""
+
+    @abstractmethod
+    def connect(self, peer: PeerInfo, offer: ConnectorOffer) -> PeerLink:
+        """Raises TransferError when the peer's pool cannot be reached this way."""
+
+    @abstractmethod
+    def close(self) -> None: ...

@@ -1,0 +1,76 @@
+"""The ticket: a signed list of blocks and fence words that lets another worker read the KV of one attempt.
+
+Rules: PROTOCOL A1, A3, D1 in docs/protocol.md. The signature is keyed by the issuing engine's epoch, so only
+the issuer verifies it and a ticket of an earlier start is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+
+import msgspec
+from msgspec import Struct
+
+from kvrelay_core.errors import TicketRejectedError
+from kvrelay_core.request import AttemptId
+from kvrelay_transfer.layout import KvLayout
+
+
+class GroupBlocks(Struct, frozen=True, array_like=True):
+    """Blocks of one KV group in token order; words[i] is the fence word of blocks[i]."""
+
+    group: int
+    first_token: int
+    blocks: tuple[int, ...]
+    words: tuple[int, ...]
+
+
+class LeaseTerms(Struct, frozen=True, array_like=True):
+    """Durations on the issuer's clock (PROTOCOL B)."""
+
+    first_follow_s: float = 30.0
+    beat_s: float = 1.0
+    missed_beats: int = 3
+    lost_grace_s: float = 2.0
+    wall_cap_s: float = 10.0
+
+
+class KvTicket(Struct, frozen=True, array_like=True):
+    ticket_id: str
+    source_id: str
+    source_address: str
+    engine_epoch: bytes
+    attempt: AttemptId
+    model_fingerprint: bytes
+    layout: KvLayout
+    groups: tuple[GroupBlocks, ...]
+    num_tokens: int
+    unit_hashes: bytes  # of the full hash units, 32 bytes each
+    lease: LeaseTerms
+    mac: bytes = b""
+
+    def canonical_bytes(self) -> bytes:
+        """What the signature covers: every field but the signature."""
+        return msgspec.msgpack.encode(msgspec.structs.replace(self, mac=b""))
+
+
+class TicketSigner:
+    """Holds the key of one engine epoch."""
+
+    def __init__(self, key: bytes, engine_epoch: bytes) -> None:
+        self._key = key
+        self._engine_epoch = engine_epoch
+
+    def sign(self, ticket: KvTicket) -> KvTicket:
+        return msgspec.structs.replace(ticket, mac=self._mac(ticket))
+
+    def verify(self, ticket: KvTicket) -> None:
+        """Raises TicketRejectedError unless this very engine start issued the ticket as it is."""
+        if ticket.engine_epoch != self._engine_epoch:
+            raise TicketRejectedError("the ticket is of another engine start; prefill again", cause="epoch")
+        if not hmac.compare_digest(ticket.mac, self._mac(ticket)):
+            raise TicketRejectedError("the ticket's signature does not match its content", cause="mac")
+
+    def _mac(self, ticket: KvTicket) -> bytes:
+        return hmac.digest(self._key, ticket.canonical_bytes(), hashlib.sha256)
