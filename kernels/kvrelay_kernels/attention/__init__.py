@@ -1,0 +1,6 @@
+"""Causal attention over the paged KV pool."""
+
+from kvrelay_kernels.attention.batch import AttentionBatch
+from kvrelay_kernels.attention.op import paged_attention
+
+__all__ = ["AttentionBatch", "paged_attention"]

@@ -1,0 +1,69 @@
+"""What attention must know of a ragged batch: built once per step, used by every layer.
+
+Knows nothing of models or of the scheduler. Block tables name blocks of the pool that already hold, or are
+being given in this layer, the keys and values of all tokens of the context.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Plan = TypeVar("Plan")
+
+
+@dataclass(slots=True, eq=False)
+class AttentionBatch:
+    """B sequences; sequence b has the query tokens `query_starts[b] : query_starts[b + 1]` of the batch.
+
+    The query tokens are the last ones of the context, so token i of q queries sees context - q + i + 1 tokens.
+    Every sequence has at least one query token.
+    """
+
+    query_starts: Sequence[int]  # B + 1
+    context_lens: Sequence[int]  # B: tokens of the sequence, the new ones included
+    block_tables_BM: Tensor  # int32 or int64, padded with 0
+    max_query_len: int
+    query_starts_B1: Tensor  # int32 [B + 1], device copies for the kernels
+    context_lens_B: Tensor  # int32 [B]
+    _plans: dict[type[Any], Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def build(cls, query_starts: Sequence[int], context_lens: Sequence[int], block_tables_BM: Tensor) -> AttentionBatch:
+        """Derives the rest; the tensors lie where the block tables lie."""
+        device = block_tables_BM.device
+        return cls(
+            query_starts=query_starts,
+            context_lens=context_lens,
+            block_tables_BM=block_tables_BM,
+            max_query_len=max((b - a for a, b in itertools.pairwise(query_starts)), default=0),
+            query_starts_B1=torch.tensor(query_starts, dtype=torch.int32, device=device),
+            context_lens_B=torch.tensor(context_lens, dtype=torch.int32, device=device),
+        )
+
+    def to(self, device: torch.device) -> AttentionBatch:
+        """The same batch on another device, not planned yet."""
+        return AttentionBatch.build(self.query_starts, self.context_lens, self.block_tables_BM.to(device))
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.context_lens)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.query_starts[-1]
+
+    def query_len(self, sequence: int) -> int:
+        return self.query_starts[sequence + 1] - self.query_starts[sequence]
+
+    def plan(self, kind: type[Plan], make: Callable[[], Plan]) -> Plan:
+        """What an implementation derives from the batch at the first layer and reuses at the others."""
+        found = self._plans.get(kind)
+        if found is None:
+            found = self._plans[kind] = make()
+        return found
