@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn
@@ -111,9 +112,16 @@ def _guard_unary(inner: Any, method: str) -> Any:
 
 
 def _guard_stream(inner: Any, method: str) -> Any:
+    """gRPC takes two forms of streaming handlers: generators, and coroutines that write to the context (as the
+    health service's Watch does)."""
+
     async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
         try:
-            async for response in inner(request, context):
+            answer = inner(request, context)
+            if inspect.isawaitable(answer):
+                await answer
+                return
+            async for response in answer:
                 yield response
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise

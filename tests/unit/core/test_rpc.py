@@ -79,6 +79,19 @@ async def test_health_follows_readiness() -> None:
     await server.stop(0)
 
 
+async def test_health_can_be_watched() -> None:
+    server = RpcServer("127.0.0.1", 0)
+    port = await server.start()
+    async with open_channel(f"127.0.0.1:{port}") as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
+        seen = [(await watch.read()).status]
+        await server.set_serving(SERVICE, True)
+        seen.append((await watch.read()).status)
+        watch.cancel()
+    await server.stop(0)
+    assert seen == [health_pb2.HealthCheckResponse.SERVICE_UNKNOWN, health_pb2.HealthCheckResponse.SERVING]
+
+
 async def test_a_taken_port_is_a_config_error(address: str) -> None:
     second = RpcServer("127.0.0.1", int(address.rpartition(":")[2]))
     with pytest.raises(ConfigError, match="in use"):
