@@ -18,11 +18,12 @@ A connector knows nothing of requests, leases or prefix caches.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from enum import Enum
 
 from msgspec import Struct
 
-from kvrelay_core.errors import KvRelayError
+from kvrelay_core.errors import KvRelayError, TransferError
 from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.ticket import KvTicket
 
@@ -81,10 +82,36 @@ class Transfer(ABC):
 
 class PeerLink(ABC):
     @abstractmethod
-    def read(self, read: BlockRead) -> Transfer: ...
+    def read(self, read: BlockRead) -> Transfer:
+        """Posts the copy. What cannot be posted comes back as a transfer that FAILED."""
 
     @abstractmethod
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """The peer is gone. Returns at once; transfers still posted become TORN_DOWN."""
+
+    def probed_gb_per_s(self) -> float | None:
+        """What the probe at connect measured (10^9 bytes a second); None while it runs, 0.0 if there is none."""
+        return 0.0
+
+
+class EndedTransfer(Transfer):
+    """A read that was over before it began."""
+
+    def __init__(self, error: KvRelayError, state: TransferState = TransferState.FAILED) -> None:
+        self.error = error
+        self._state = state
+
+    def poll(self) -> TransferState:
+        return self._state
+
+    def abort(self) -> None:
+        pass
+
+
+def check_block_range(blocks: Sequence[int], num_blocks: int, whose: str) -> None:
+    """Raises TransferError for a block that a pool of `num_blocks` does not have; the null block counts as such."""
+    if blocks and not (min(blocks) > 0 and max(blocks) < num_blocks):
+        raise TransferError(f"block numbers outside 1..{num_blocks - 1} of {whose} pool")
 
 
 class Connector(ABC):

@@ -1,0 +1,58 @@
+"""Which connectors this engine has, and which of them to try for a peer.
+
+Order is preference: the first one that connects carries the peer. New connectors (cuda_ipc, nixl, ucx) are one
+more case in `_create` and a place in `preferred`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from kvrelay_core.clock import Clock
+from kvrelay_core.errors import ConfigError
+from kvrelay_transfer.connectors.base import Connector, ConnectorOffer
+from kvrelay_transfer.connectors.grpc import GrpcConnector, SocketHalf
+from kvrelay_transfer.connectors.shm import ShmConnector
+from kvrelay_transfer.pool_memory import PoolMemory
+from kvrelay_transfer.staging import BlockStaging
+
+
+def preferred(device: str) -> tuple[str, ...]:
+    """What `auto` stands for."""
+    return ("shm", "grpc") if device == "cpu" else ("grpc",)
+
+
+def create_connectors(
+    names: Sequence[str],
+    *,
+    memory: PoolMemory,
+    run_dir: Path,
+    worker_id: str,
+    staging: BlockStaging,
+    socket_half: SocketHalf,
+    clock: Clock,
+) -> dict[str, Connector]:
+    """The named connectors in the given order; `["auto"]` is what suits the pool's device.
+
+    Raises ConfigError for a name that is unknown or cannot serve this device.
+    """
+    wanted = preferred(memory.device) if list(names) == ["auto"] else tuple(names)
+    connectors: dict[str, Connector] = {}
+    for name in wanted:
+        match name:
+            case "shm":
+                connectors[name] = ShmConnector(memory, clock, run_dir / f"{worker_id.replace('/', '_')}.pool.sock")
+            case "grpc":
+                connectors[name] = GrpcConnector(memory.num_blocks, staging, socket_half, clock)
+            case _:
+                raise ConfigError(f"no connector {name!r}; there are: auto, shm, grpc")
+    return connectors
+
+
+def choose(
+    offers: Sequence[ConnectorOffer], connectors: Mapping[str, Connector]
+) -> Iterator[tuple[Connector, ConnectorOffer]]:
+    """Our connectors that the peer offers too, in our order of preference."""
+    by_name = {offer.name: offer for offer in offers}
+    return ((connector, by_name[name]) for name, connector in connectors.items() if name in by_name)

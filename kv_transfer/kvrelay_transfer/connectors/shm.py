@@ -1,0 +1,203 @@
+"""Same host, CPU pools: maps the peer's segment read-only and copies blocks out of it.
+
+`connect` gets the segment's descriptor from the peer's DescriptorServer and maps it; reads are memmove runs on
+one copy thread per connector, followed by a second operation that reads the words. The mapping outlives the
+peer, so a peer that dies under a read does no harm; whether its data is still good is what the words say.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+
+from kvrelay_core.clock import Clock
+from kvrelay_core.errors import DeadlineError, KvRelayError, MismatchError, TransferError
+from kvrelay_transfer.connectors.base import (
+    BlockRead,
+    Connector,
+    ConnectorOffer,
+    EndedTransfer,
+    PeerInfo,
+    PeerLink,
+    Transfer,
+    TransferState,
+    check_block_range,
+)
+from kvrelay_transfer.connectors.copy_thread import CopyThread, copy_span, merge_runs
+from kvrelay_transfer.descriptor_server import DescriptorServer, fetch_descriptor
+from kvrelay_transfer.pool_memory import PoolMemory
+from kvrelay_transfer.region import RemoteRegion
+
+DEFAULT_DEADLINE_S = 10.0
+PROBE_BYTES = 64 << 20
+
+
+class ShmEndpoint(Struct, frozen=True, array_like=True):
+    host_id: str
+    socket_path: str
+
+
+def host_id() -> str:
+    """The same for all processes under one running kernel, and for no others."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+class ShmConnector(Connector):
+    name = "shm"
+
+    def __init__(
+        self, memory: PoolMemory, clock: Clock, socket_path: Path | None, deadline_s: float = DEFAULT_DEADLINE_S
+    ) -> None:
+        """Serves the pool's descriptor at `socket_path`; None: this side only reads."""
+        assert memory.device == "cpu", "shm connects CPU pools"
+        self._memory = memory
+        self._clock = clock
+        self._deadline_s = deadline_s
+        self._server = None if socket_path is None else DescriptorServer(socket_path, memory.fd)
+        self._thread = CopyThread("shm-copy")
+        self._links: list[_ShmLink] = []
+
+    def offer(self) -> ConnectorOffer | None:
+        if self._server is None:
+            return None
+        endpoint = ShmEndpoint(host_id(), str(self._server.path.absolute()))
+        return ConnectorOffer(self.name, msgspec.msgpack.encode(endpoint))
+
+    def connect(self, peer: PeerInfo, offer: ConnectorOffer) -> PeerLink:
+        region = self._map(peer, offer)
+        link = _ShmLink(peer.peer_id, self._memory, region, self._thread, self._clock, self._deadline_s)
+        self._links = [known for known in self._links if not known.is_closed] + [link]
+        return link
+
+    def close(self) -> None:
+        for link in self._links:
+            link.close()
+        self._thread.close()
+        if self._server is not None:
+            self._server.close()
+
+    def _map(self, peer: PeerInfo, offer: ConnectorOffer) -> RemoteRegion:
+        try:
+            endpoint = msgspec.msgpack.decode(offer.endpoint, type=ShmEndpoint)
+        except msgspec.MsgspecError as error:
+            raise TransferError(f"{peer.peer_id} offers a shm endpoint that this version cannot read") from error
+        if endpoint.host_id != host_id():
+            raise TransferError(f"{peer.peer_id} is on another host; shm reaches pools of this one only")
+        fd = fetch_descriptor(endpoint.socket_path)
+        try:
+            region = RemoteRegion.attach(fd, self._memory.layout, peer.engine_epoch)
+        except (MismatchError, OSError, ValueError) as error:
+            raise TransferError(f"the segment of {peer.peer_id} cannot be mapped: {error}") from error
+        finally:
+            os.close(fd)
+        if region.data_bytes == 0:
+            region.close()
+            raise TransferError(f"the pool of {peer.peer_id} is not in host memory")
+        return region
+
+
+class _ShmLink(PeerLink):
+    def __init__(
+        self,
+        peer_id: str,
+        memory: PoolMemory,
+        region: RemoteRegion,
+        thread: CopyThread,
+        clock: Clock,
+        deadline_s: float,
+    ) -> None:
+        self.peer_id = peer_id
+        self.memory = memory
+        self.region = region
+        self.is_closed = False
+        self._thread = thread
+        self._clock = clock
+        self._deadline_s = deadline_s
+        self._gb_per_s: float | None = None
+        thread.post(self._probe)
+
+    def read(self, read: BlockRead) -> Transfer:
+        if self.is_closed:
+            return EndedTransfer(TransferError(f"the link to {self.peer_id} is closed"), TransferState.TORN_DOWN)
+        try:
+            check_block_range(read.remote_blocks, self.region.header.num_blocks, "the peer's")
+            check_block_range(read.local_blocks, self.memory.num_blocks, "our")
+        except TransferError as error:
+            return EndedTransfer(error)
+        transfer = _ShmTransfer(self, read, self._clock, self._clock.now() + self._deadline_s)
+        self._thread.post(transfer.run)
+        return transfer
+
+    def close(self) -> None:
+        if not self.is_closed:
+            self.is_closed = True
+            # Behind the last read in the queue: no copy is under way when the mapping goes.
+            self._thread.post(self.region.close)
+
+    def probed_gb_per_s(self) -> float | None:
+        return self._gb_per_s
+
+    def _probe(self) -> None:
+        """Copies the start of the peer's data twice; the first pass only touches the pages."""
+        size_bytes = min(PROBE_BYTES, self.region.data_bytes)
+        scratch = np.empty(size_bytes, np.uint8)
+        destination, source = int(scratch.ctypes.data), self.region.block_address(0)
+        copy_span(destination, source, size_bytes, self._is_open)
+        started_s = time.perf_counter()
+        copy_span(destination, source, size_bytes, self._is_open)
+        self._gb_per_s = size_bytes / (time.perf_counter() - started_s) / 1e9
+
+    def _is_open(self) -> bool:
+        return not self.is_closed
+
+
+class _ShmTransfer(Transfer):
+    """Posted by the step loop, run by the copy thread; only the thread makes it terminal, after its last store."""
+
+    def __init__(self, link: _ShmLink, read: BlockRead, clock: Clock, deadline_at_s: float) -> None:
+        self._link = link
+        self._read = read
+        self._clock = clock
+        self._deadline_at_s = deadline_at_s
+        self._state = TransferState.PENDING
+        self._was_aborted = False
+
+    def poll(self) -> TransferState:
+        return self._state
+
+    def abort(self) -> None:
+        self._was_aborted = True
+
+    def run(self) -> None:
+        """On the copy thread. The state is stored last: who sees it sees the rest."""
+        if self._copy_runs(self._is_wanted):
+            self.words = self._link.region.words.read(self._read.remote_blocks)
+            self._state = TransferState.DONE
+            return
+        self.error = self._why_unwanted()
+        self._state = TransferState.TORN_DOWN if self._link.is_closed else TransferState.FAILED
+
+    def _copy_runs(self, is_wanted: Callable[[], bool]) -> bool:
+        region, memory = self._link.region, self._link.memory
+        block_bytes = memory.layout.block_bytes
+        for remote, local, count in merge_runs(self._read.remote_blocks, self._read.local_blocks):
+            destination = memory.data_address + local * block_bytes
+            if not copy_span(destination, region.block_address(remote), count * block_bytes, is_wanted):
+                return False
+        return True
+
+    def _is_wanted(self) -> bool:
+        return not (self._was_aborted or self._link.is_closed or self._clock.now() >= self._deadline_at_s)
+
+    def _why_unwanted(self) -> KvRelayError:
+        if self._link.is_closed:
+            return TransferError(f"the connection to {self._link.peer_id} was closed")
+        if self._was_aborted:
+            return TransferError("the read was given up")
+        return DeadlineError("the blocks could not be copied before the read's deadline")

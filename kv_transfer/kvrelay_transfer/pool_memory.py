@@ -1,0 +1,110 @@
+"""Where the KV of one rank lies: the pool tensor and its fence words.
+
+CPU: both in one sealed memfd that peers map read-only. CUDA: the tensor is a plain device allocation, the words
+lie in a memfd. Knows which bytes are which block, not who owns them (`kvrelay_engine.block_pool`).
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+
+import numpy as np
+import torch
+
+from kvrelay_core.errors import ConfigError
+from kvrelay_transfer.fence import FenceWords
+from kvrelay_transfer.layout import KvLayout
+from kvrelay_transfer.memfd import create_memfd, seal
+from kvrelay_transfer.region import RegionHeader
+
+TORCH_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float8_e4m3": torch.float8_e4m3fn,
+}
+
+
+class PoolMemory:
+    """`tensor` [num_blocks, layers, 2, kv_heads, block_tokens, head_dim], zeroed; `words` its fence words."""
+
+    def __init__(
+        self, layout: KvLayout, header: RegionHeader, mapping: mmap.mmap, fd: int, tensor: torch.Tensor
+    ) -> None:
+        """Use `allocate`."""
+        self.layout = layout
+        self.num_blocks = header.num_blocks
+        self.engine_epoch = header.engine_epoch
+        self.device = tensor.device.type
+        self.tensor = tensor
+        self.words = FenceWords(
+            np.frombuffer(mapping, np.uint64, header.num_blocks, header.words_offset), header.engine_epoch
+        )
+        self._fd = fd
+
+    @classmethod
+    def allocate(cls, layout: KvLayout, num_blocks: int, device: str, epoch: bytes) -> PoolMemory:
+        """`num_blocks` counts the null block; `epoch` is the engine's, 16 bytes.
+
+        Raises ConfigError when memory is short, or when CUDA allocations could not be shared.
+        """
+        layout.validate()
+        if num_blocks < 2:
+            raise ConfigError("the KV pool needs at least 2 blocks; raise --kv-blocks")
+        on_cpu = torch.device(device).type == "cpu"
+        header = RegionHeader.plan(layout, num_blocks, epoch, has_data=on_cpu)
+        fd = create_memfd("kvrelay-pool", header.size_bytes, f"lower --kv-blocks (now {num_blocks})")
+        try:
+            mapping = mmap.mmap(fd, header.size_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+            seal(fd, future_writes=False)
+            tensor = _cpu_tensor(layout, header, mapping) if on_cpu else _cuda_tensor(layout, num_blocks, device)
+        except BaseException:
+            os.close(fd)
+            raise
+        memory = cls(layout, header, mapping, fd, tensor)
+        mapping[: len(header.pack())] = header.pack()
+        return memory
+
+    @property
+    def fd(self) -> int:
+        """The segment's descriptor, for peers on this host."""
+        return self._fd
+
+    @property
+    def block_rows(self) -> torch.Tensor:
+        """The pool as bytes [num_blocks, block_bytes]: whole blocks of any dtype."""
+        return self.tensor.view(torch.uint8).view(self.num_blocks, self.layout.block_bytes)
+
+    @property
+    def data_address(self) -> int:
+        """Of block 0."""
+        return self.tensor.data_ptr()
+
+    def close(self) -> None:
+        """Gives the descriptor back; the memory goes with the last tensor and the last peer that hold it."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _cpu_tensor(layout: KvLayout, header: RegionHeader, mapping: mmap.mmap) -> torch.Tensor:
+    data_bytes = header.num_blocks * header.block_bytes
+    flat = torch.frombuffer(mapping, dtype=torch.uint8, count=data_bytes, offset=header.data_offset)
+    return flat.view(TORCH_DTYPES[layout.dtype]).view(header.num_blocks, *layout.shape)
+
+
+def _cuda_tensor(layout: KvLayout, num_blocks: int, device: str) -> torch.Tensor:
+    """Plain cudaMalloc: memory of expandable segments cannot be shared with peers at speed."""
+    settings = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") + os.environ.get("PYTORCH_ALLOC_CONF", "")
+    if "expandable_segments:true" in settings.lower().replace(" ", ""):
+        raise ConfigError("expandable_segments makes the KV pool unshareable; unset it in PYTORCH_CUDA_ALLOC_CONF")
+    try:
+        return torch.zeros((num_blocks, *layout.shape), dtype=TORCH_DTYPES[layout.dtype], device=device)
+    except torch.OutOfMemoryError as error:
+        needed_gib = num_blocks * layout.block_bytes / 2**30
+        free_gib = torch.cuda.mem_get_info(device)[0] / 2**30
+        raise ConfigError(
+            f"the KV pool needs {needed_gib:.2f} GiB of {device} memory, {free_gib:.2f} GiB are free; "
+            f"lower --kv-blocks (now {num_blocks})"
+        ) from error
