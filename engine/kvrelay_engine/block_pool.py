@@ -139,8 +139,8 @@ class BlockPool:
 
     def check_integrity(self) -> None:
         """Asserts that every block is in exactly one state. Run when idle and after every test."""
-        retiring = [block for _, block in self._retiring]
-        assert len(set(retiring)) == len(retiring), "a block retires twice"
+        retiring = {block for _, block in self._retiring}
+        assert len(retiring) == len(self._retiring), "a block retires twice"
         for block in range(1, self.num_blocks):
             states = (block in self._free) + (block in retiring) + (self._references[block] > 0)
             assert states == 1, f"block {block} is in {states} states"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from kvrelay_core.hashing import HASH_BYTES, hash_units
-from kvrelay_core.request import AttemptId, FinishReason, Generation
+from kvrelay_core.request import AttemptId, ChoiceState, FinishReason, Generation
 from kvrelay_transfer.layout import KvLayout, block_keys
 
 
@@ -39,6 +39,12 @@ class HashChain:
     def keys(self) -> list[bytes]:
         return block_keys(self.unit_hashes, self._layout)
 
+    def fork(self) -> HashChain:
+        """A chain of its own over the same tokens so far."""
+        copy = HashChain(self._parent, self._layout)
+        copy.unit_hashes = list(self.unit_hashes)
+        return copy
+
     def packed(self) -> bytes:
         assert all(len(unit) == HASH_BYTES for unit in self.unit_hashes)
         return b"".join(self.unit_hashes)
@@ -58,6 +64,7 @@ class Sequence:
     num_cached: int = 0  # tokens that came from the prefix cache or a hand-off
     blocks: list[int] = field(default_factory=list)
     last_step: int = 0  # last launched step that touches the blocks
+    num_preemptions: int = 0
     finish_reason: FinishReason | None = None
 
     @property
@@ -73,16 +80,30 @@ class Sequence:
     def num_uncomputed(self) -> int:
         return len(self.tokens) - self.num_computed
 
+    @property
+    def num_seats(self) -> int:
+        """Running sequences that this one is or will be: a trunk takes the seats of its branches."""
+        return 1 if self.request.is_prefill else max(1, len(self.request.pending_choices))
+
 
 @dataclass(slots=True, eq=False)
 class EngineRequest:
-    """A Prefill or Decode command in progress. Sequences fork from the first one after the prompt."""
+    """A Prefill or Decode command in progress.
+
+    It begins with one sequence, the trunk; when the trunk's KV is there it branches into `pending_choices`.
+    """
 
     id: int
     attempt: AttemptId
     generation: Generation
     is_prefill: bool
     arrived_s: float
+    handoff: bool = False  # Prefill: a ticket is issued for its blocks
     deadline_at_s: float | None = None
     first_scheduled_s: float | None = None
     sequences: list[Sequence] = field(default_factory=list)
+    pending_choices: tuple[ChoiceState, ...] = ()  # that the trunk has yet to branch into; () afterwards
+
+    @property
+    def trunk(self) -> Sequence:
+        return self.sequences[0]

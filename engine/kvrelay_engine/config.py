@@ -1,0 +1,138 @@
+"""What an engine process is told at its start: one JSON object, checked before anything heavy is imported.
+
+Torch-free, so that services write it and engines read it. Knows flags and files; not what they cost.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+from msgspec import Struct
+
+from kvrelay_core.errors import ConfigError
+from kvrelay_transfer.layout import ELEMENT_BYTES
+from kvrelay_transfer.ticket import LeaseTerms
+
+DTYPES = ("auto", *(name for name in ELEMENT_BYTES if not name.startswith("float8")))
+_DEVICE = re.compile(r"cpu|cuda(:\d+)?")
+
+
+class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Configuration of one engine process. `None` means: decided at start from the model and the machine.
+
+    The service binds both ZeroMQ endpoints (PUSH for commands, PULL for events); the engine connects to them
+    and exits when the service's end goes away.
+    """
+
+    role: Literal["prefill", "decode"]
+    model: str  # a local directory or a hub id
+    worker_id: str
+    address: str  # host:port of the worker's gRPC server, as its peers dial it
+    commands_endpoint: str
+    events_endpoint: str
+    run_dir: str
+
+    device: str = "cpu"
+    dtype: str = "auto"
+    num_threads: int = 1
+    connectors: tuple[str, ...] = ("auto",)  # best first; auto is what suits the device
+
+    block_tokens: int = 64
+    hash_unit_tokens: int = 64
+    kv_blocks: int | None = None  # blocks of the pool; excludes memory_fraction
+    memory_fraction: float | None = None  # of the memory that the loaded model leaves free
+    max_model_len: int | None = None  # prompt and output, tokens
+
+    max_num_seqs: int = 64  # sequences that run at once
+    max_batched_tokens: int | None = None  # tokens computed in one step
+    decode_alone_tokens: int = 512  # up to here a decode engine recomputes by itself
+    recompute_tokens: int = 8192  # cap of the tokens that wait for such a recompute
+    patience_s: float = 30.0  # a request that waited longer goes first, whatever its deadline
+
+    max_pinned_share: float = 0.8  # of the pool, by the tickets of this engine
+    reserve_budget_s: float = 2.0  # how long a hand-off may wait for blocks before it is refused
+    resume_timeout_s: float = 10.0  # how long a lost hand-off waits for Resume or Abort
+    lease: LeaseTerms = LeaseTerms()
+    staging_slots: int = 8  # of the ring between this process and its service
+
+    @property
+    def tokens_per_step(self) -> int:
+        """`max_batched_tokens`, or what a device computes in well under a second: beats go out between steps."""
+        if self.max_batched_tokens is not None:
+            return self.max_batched_tokens
+        return max(self.max_num_seqs, 512 if self.device == "cpu" else 8192)
+
+    def validate(self) -> None:
+        """Raises ConfigError that names the field and what to change."""
+        self._check_names()
+        self._check_sizes()
+        self._check_shares_and_times()
+
+    def _check_names(self) -> None:
+        for name in ("model", "worker_id", "address", "run_dir"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} must not be empty", field=name)
+        for name in ("commands_endpoint", "events_endpoint"):
+            if "://" not in getattr(self, name):
+                raise ConfigError(f"{name} must be a ZeroMQ endpoint such as ipc:///run/kvrelay/x", field=name)
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}", field="dtype")
+        if not _DEVICE.fullmatch(self.device):
+            raise ConfigError(f"device must be cpu, cuda or cuda:N, not {self.device!r}", field="device")
+
+    def _check_sizes(self) -> None:
+        for name in ("block_tokens", "hash_unit_tokens"):
+            value = getattr(self, name)
+            if value < 1 or value & (value - 1):
+                raise ConfigError(f"{name} must be a power of two, not {value}", field=name)
+        for name in ("num_threads", "max_num_seqs", "staging_slots"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}", field=name)
+        for name in ("decode_alone_tokens", "recompute_tokens"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative", field=name)
+        if self.tokens_per_step < self.max_num_seqs:
+            raise ConfigError(
+                f"max_batched_tokens ({self.tokens_per_step}) must be at least max_num_seqs ({self.max_num_seqs}): "
+                "every running sequence needs one token of each step",
+                field="max_batched_tokens",
+            )
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise ConfigError("max_model_len must be at least 2: one token in, one out", field="max_model_len")
+        if self.kv_blocks is not None and self.kv_blocks < 2:
+            raise ConfigError("kv_blocks must be at least 2: block 0 is never used", field="kv_blocks")
+
+    def _check_shares_and_times(self) -> None:
+        if self.kv_blocks is not None and self.memory_fraction is not None:
+            raise ConfigError("give kv_blocks or memory_fraction, not both", field="memory_fraction")
+        for name in ("memory_fraction", "max_pinned_share"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ConfigError(f"{name} must be above 0 and at most 1, not {value}", field=name)
+        for name in ("patience_s", "reserve_budget_s", "resume_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be above 0 seconds", field=name)
+
+    def to_json(self) -> str:
+        return msgspec.json.encode(self).decode()
+
+
+def load_config(source: str) -> EngineConfig:
+    """From JSON text, or from a file that holds it. Raises ConfigError."""
+    text = source if source.lstrip().startswith("{") else _read(Path(source))
+    try:
+        config = msgspec.json.decode(text, type=EngineConfig)
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"engine configuration: {error}") from error
+    config.validate()
+    return config
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError as error:
+        raise ConfigError(f"cannot read the engine configuration {path}: {error.strerror}") from error

@@ -1,0 +1,389 @@
+"""The engine of one worker: commands in, events out, one step at a time.
+
+    step = advance hand-offs -> schedule -> run -> commit
+
+A Prefill computes its prompt in chunks and ends with the first token of each choice; with a hand-off its blocks
+are pinned by a ticket from its first chunk on. A Decode gets its KV by a hand-off, or computes it here, and then
+grows by a token each step. Both are the same program: role only says which commands the service sends.
+
+Synchronous and single-threaded; every wait is somebody else's (`loop.py`). Knows no sockets, files or devices.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+from collections.abc import Mapping
+
+from msgspec.structs import replace
+
+from kvrelay_core.error_info import info_of
+from kvrelay_core.errors import (
+    DeadlineError,
+    DrainingError,
+    HandoffError,
+    InternalError,
+    KvRelayError,
+    MismatchError,
+    OverloadedError,
+    RequestCancelledError,
+)
+from kvrelay_core.request import FinishReason, FirstToken, Usage
+from kvrelay_engine import messages
+from kvrelay_engine.branching import branch
+from kvrelay_engine.config import EngineConfig
+from kvrelay_engine.engine_load import EngineLoad
+from kvrelay_engine.engine_parts import EngineParts
+from kvrelay_engine.handoff_reader import HandoffArrived, HandoffBroken, HandoffReader, ReaderLimits
+from kvrelay_engine.handoff_source import HandoffSource
+from kvrelay_engine.intake import EngineLimits, Intake
+from kvrelay_engine.prefix_cache import PrefixCache
+from kvrelay_engine.sampler import SampledToken, Sampler
+from kvrelay_engine.sampling_plan import DrawnTokens, plan_draws
+from kvrelay_engine.scheduler import Batch, Scheduler
+from kvrelay_engine.sequence import EngineRequest, Sequence, SequenceState
+from kvrelay_engine.step_output import StepOutput
+from kvrelay_engine.stop_conditions import finish_reason, is_stop_token
+from kvrelay_engine.throughput import Throughput
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    def __init__(self, config: EngineConfig, parts: EngineParts) -> None:
+        self._config = config
+        self._clock = parts.clock
+        self._emit = parts.emit
+        self._runner = parts.runner
+        self._synchronize = parts.synchronize
+        self._pool = parts.pool
+        self._layout = parts.layout
+        self._sampler = Sampler()
+        self._throughput = Throughput()
+        self._output = StepOutput(parts.emit)
+        self._cache = PrefixCache(parts.pool, parts.layout, parts.identity.model_fingerprint)
+        self.source = HandoffSource(
+            parts.pool, parts.layout, parts.identity, parts.signer, config.lease, config.max_pinned_share,
+            parts.clock, parts.emit, staging=parts.staging,
+        )  # fmt: skip
+        self.scheduler = Scheduler(
+            config, parts.pool, parts.layout, self._cache, self._throughput, parts.clock, self.source.can_accept
+        )
+        self.reader = HandoffReader(
+            parts.pool, parts.layout, parts.connectors, parts.clock, parts.emit, self.scheduler.reserve_remote,
+            model_fingerprint=parts.identity.model_fingerprint,
+            limits=ReaderLimits(reserve_budget_s=config.reserve_budget_s),
+        )  # fmt: skip
+        max_blocks = parts.pool.num_blocks - 1
+        self.max_model_len = min(parts.max_model_len, max_blocks * parts.layout.block_tokens)
+        limits = EngineLimits(
+            vocab_size=parts.runner.vocab_size,
+            max_model_len=self.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            max_blocks=max_blocks,
+            max_pinned_blocks=self.source.max_pinned_blocks,
+        )
+        self._intake = Intake(limits, parts.layout, self._cache)
+        self._requests: dict[int, EngineRequest] = {}
+        self._deadlines: list[tuple[float, int]] = []  # heap; entries of ended requests are skipped
+        self._lost: dict[int, float] = {}  # request -> until when it waits for Resume
+        self._num_steps = 0
+        self._is_draining = False
+        self.load = EngineLoad(parts.pool, self.scheduler, self.source, self.reader)
+
+    # ----------------------------------------------------------------------------------------- the loop
+
+    def step(self) -> bool:
+        """One turn; True if it computed something. Never blocks on anything but the device."""
+        self.source.tick()
+        self._advance_handoffs()
+        self._expire()
+        batch = self.scheduler.schedule()
+        self._announce(batch)
+        if batch.rows:
+            self._compute(batch)
+        self._output.flush()
+        return bool(batch.rows)
+
+    def _compute(self, batch: Batch) -> None:
+        started_s = self._clock.now()
+        num_tokens = sum(row.num_tokens for row in batch.rows)
+        try:
+            self._commit(batch, self._run(batch))
+        except Exception as error:
+            self._fail_batch(batch, error)
+        if num_tokens > len(batch.rows):
+            self._throughput.record(num_tokens, self._clock.now() - started_s)
+
+    def _run(self, batch: Batch) -> DrawnTokens:
+        self._num_steps += 1
+        for row in batch.rows:
+            row.sequence.last_step = self._num_steps
+        logits_RV = self._runner.run([row.for_runner() for row in batch.rows])
+        plan = plan_draws(batch)
+        drawn = plan.collect(self._sampler.sample(logits_RV, plan.rows) if plan.rows else [])
+        self._synchronize()
+        self._pool.complete_step(self._num_steps)
+        return drawn
+
+    def _commit(self, batch: Batch, drawn: DrawnTokens) -> None:
+        """The step has completed: its blocks are sealed, its tokens count."""
+        for row in batch.rows:
+            sequence = row.sequence
+            self._cache.seal(sequence, row.num_tokens, row.words)
+            if sequence.request.handoff:
+                self.source.sealed(sequence, sequence.num_computed // self._layout.block_tokens)
+        for row in batch.rows:
+            if not row.wants_logits:
+                continue
+            request, tokens = row.sequence.request, drawn[row.sequence]
+            if request.is_prefill:
+                self._finish_prefill(request, tokens)
+            elif request.pending_choices:
+                self._branch(request, tokens)
+            else:
+                self._append(row.sequence, tokens[row.sequence.choice])
+
+    # ---------------------------------------------------------------------------------------- commands
+
+    def handle(self, command: messages.EngineCommand) -> None:
+        """Never raises for what a request or a peer did wrong: that is answered by an event."""
+        match command:
+            case messages.Prefill() | messages.Decode():
+                self._start(command)
+            case messages.Abort(request_id, reason):
+                self._abort(request_id, RequestCancelledError(reason))
+            case messages.Resume():
+                self._resume(command)
+            case messages.GetLoad(call, check_integrity):
+                self._report_load(call, check_integrity)
+            case messages.Drain():
+                self._is_draining = True
+            case messages.Shutdown():
+                self.close()
+            case (
+                messages.FollowAttach() | messages.FollowBeat() | messages.FollowLost() | messages.FollowRelease()
+                | messages.ReleaseTicket() | messages.PrefillStreamClosed() | messages.Export()
+            ):  # fmt: skip
+                self.source.handle(command)
+            case _:
+                self.reader.handle(command)
+
+    def _start(self, command: messages.Prefill | messages.Decode) -> None:
+        if command.id in self._requests:
+            self._fail(self._requests[command.id], InternalError(f"two requests with the id {command.id}"))
+            return
+        try:
+            if self._is_draining:
+                raise DrainingError("the worker is draining; place the request elsewhere")
+            request = self._intake.build(command, self._clock.now())
+            if isinstance(command, messages.Decode) and command.ticket is not None:
+                self.reader.open(request.trunk, command.ticket)
+                self.scheduler.add_remote(request.trunk)
+            else:
+                self._queue(request)
+        except KvRelayError as error:
+            self._emit(messages.RequestFailed(command.id, info_of(error)))
+            return
+        self._requests[request.id] = request
+        if request.deadline_at_s is not None:
+            heapq.heappush(self._deadlines, (request.deadline_at_s, request.id))
+
+    def _queue(self, request: EngineRequest) -> None:
+        self.scheduler.add(request.trunk)
+        if request.is_prefill:
+            eta_s = self._throughput.seconds_for(self.scheduler.num_queued_tokens)
+            self._emit(messages.Queued(request.id, eta_s))
+
+    def _abort(self, request_id: int, error: KvRelayError) -> None:
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._end(request, error)
+        else:
+            self.source.failed(request_id, error)  # a finished prefill whose ticket is still leased
+
+    def _resume(self, command: messages.Resume) -> None:
+        """Computes here what is missing; blocks that were verified are found in the prefix cache."""
+        request = self._requests.get(command.id)
+        if request is None or request.trunk.state is not SequenceState.WAITING_REMOTE_KV:
+            return  # it crossed with the request's end
+        self._lost.pop(request.id, None)
+        self.reader.abort(request.id)
+        self.scheduler.remove(request.trunk)
+        request.generation = replace(request.generation, choices=command.choices)
+        try:
+            self._intake.plant_trunk(request)
+        except KvRelayError as error:
+            self._fail(request, error)
+            return
+        self.scheduler.add(request.trunk)
+
+    def _report_load(self, call: int, check_integrity: bool) -> None:
+        try:
+            if check_integrity:
+                self.load.check_integrity()
+        except AssertionError as error:
+            self._emit(messages.LoadReply(call, self.load.report(self._num_steps), info_of(InternalError(str(error)))))
+            return
+        self._emit(messages.LoadReply(call, self.load.report(self._num_steps)))
+
+    def beat(self) -> None:
+        """Tells the service that the loop is alive, what it holds and how far its hand-offs are."""
+        self._emit(messages.Beat(self.load.report(self._num_steps), self.reader.pulled_blocks()))
+
+    @property
+    def has_requests(self) -> bool:
+        return bool(self._requests)
+
+    @property
+    def is_idle(self) -> bool:
+        """No request, lease or transfer: every block is free."""
+        return not self._requests and not self.source.num_leases and not self.reader.num_transfers
+
+    def close(self) -> None:
+        """Ends every request and hand-off without a word to anybody."""
+        for request in list(self._requests.values()):
+            self._end(request, DrainingError("the worker shuts down"))
+        self.reader.close()
+
+    # ---------------------------------------------------------------------------------- prefill's outcome
+
+    def _announce(self, batch: Batch) -> None:
+        """Before the batch runs: tickets of those whose first chunk is in it; and who has to go."""
+        for request in batch.handed_back:
+            self._output.flush()
+            del self._requests[request.id]
+            error = OverloadedError("preempted, and too long to be computed again here; place the request anew")
+            self._emit(messages.HandedBack(request.id, info_of(error)))
+        now_s = self._clock.now()
+        for sequence in batch.admitted:
+            request = sequence.request
+            if request.first_scheduled_s is None:
+                request.first_scheduled_s = now_s
+                if request.is_prefill:
+                    ticket = self.source.accept(sequence) if request.handoff else None
+                    self._emit(messages.Accepted(request.id, ticket, sequence.num_cached))
+
+    def _finish_prefill(self, request: EngineRequest, tokens: Mapping[int, SampledToken]) -> None:
+        trunk = request.trunk
+        position = trunk.num_generated
+        first_tokens = tuple(
+            FirstToken(choice, position, token.token_id, token.logprobs, self._finish_reason(trunk, token.token_id))
+            for choice, token in tokens.items()
+        )
+        if request.handoff:
+            self.source.finished(trunk, first_tokens)
+        assert request.first_scheduled_s is not None, "a prefill finishes after it was scheduled"
+        usage = Usage(trunk.num_prompt, trunk.num_cached, len(first_tokens))
+        queue_s = request.first_scheduled_s - request.arrived_s
+        compute_s = self._clock.now() - request.first_scheduled_s
+        self._forget(request)
+        self._emit(messages.PrefillFinished(request.id, first_tokens, usage, queue_s, compute_s))
+
+    # ----------------------------------------------------------------------------------- decode's tokens
+
+    def _branch(self, request: EngineRequest, tokens: Mapping[int, SampledToken]) -> None:
+        """The trunk's KV is here. Choices without a token of their own go on with committed ones."""
+        for sequence in branch(request.trunk, self._pool, self._layout, self._runner.copy_blocks):
+            self.scheduler.start(sequence)
+            if sequence.choice in tokens:
+                self._append(sequence, tokens[sequence.choice])
+
+    def _append(self, sequence: Sequence, token: SampledToken) -> None:
+        reason = self._finish_reason(sequence, token.token_id)
+        self._output.add_token(sequence, sequence.num_generated, token.token_id, token.logprobs)
+        sequence.tokens.append(token.token_id)
+        if reason is not None:
+            self._finish_choice(sequence, reason)
+
+    def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
+        return finish_reason(sequence.request.generation, sequence.num_generated, token_id, self.max_model_len)
+
+    def _finish_choice(self, sequence: Sequence, reason: FinishReason) -> None:
+        request = sequence.request
+        self.scheduler.remove(sequence)
+        last = sequence.tokens[-1]
+        is_stop = reason is FinishReason.STOP and is_stop_token(request.generation, last)
+        self._output.add_finished(
+            messages.ChoiceFinished(
+                request.id, sequence.choice, reason, sequence.num_generated, last if is_stop else None
+            )
+        )
+        if all(other.state is SequenceState.FINISHED for other in request.sequences):
+            del self._requests[request.id]
+
+    # ----------------------------------------------------------------------------------------- hand-offs
+
+    def _advance_handoffs(self) -> None:
+        for outcome in self.reader.poll():
+            request = self._requests[outcome.request_id]
+            match outcome:
+                case HandoffArrived():
+                    self._arrive(request, outcome)
+                case HandoffBroken():
+                    self._lose(request, outcome)
+
+    def _arrive(self, request: EngineRequest, arrived: HandoffArrived) -> None:
+        trunk = request.trunk
+        tokens = {first.choice: SampledToken(first.token_id, first.logprobs) for first in arrived.first_tokens}
+        position = trunk.num_generated
+        if tokens.keys() != {choice.index for choice in request.pending_choices} or any(
+            first.position != position for first in arrived.first_tokens
+        ):
+            self._fail(request, MismatchError("the hand-off's first tokens are not those of the request's choices"))
+            return
+        self._emit(messages.HandoffDone(request.id, arrived.timing))
+        self._branch(request, tokens)
+
+    def _lose(self, request: EngineRequest, broken: HandoffBroken) -> None:
+        """A refused ticket goes back to the router; of any other loss the router decides (PROTOCOL C3)."""
+        self.scheduler.lose_remote(request.trunk)
+        if isinstance(broken.error, OverloadedError):
+            self._fail(request, broken.error)
+            return
+        self._lost[request.id] = self._clock.now() + self._config.resume_timeout_s
+        self._emit(
+            messages.HandoffLost(request.id, broken.verified_blocks, broken.verified_tokens, info_of(broken.error))
+        )
+
+    # -------------------------------------------------------------------------------------------- ends
+
+    def _expire(self) -> None:
+        now_s = self._clock.now()
+        while self._deadlines and self._deadlines[0][0] <= now_s:
+            at_s, request_id = heapq.heappop(self._deadlines)
+            request = self._requests.get(request_id)
+            if request is not None and request.deadline_at_s == at_s:
+                state = request.trunk.state.value
+                self._fail(request, DeadlineError(f"the deadline passed; the request was {state}"))
+        for request_id in [lost for lost, until_s in self._lost.items() if until_s <= now_s]:
+            error = HandoffError("the hand-off was lost, and neither Resume nor Abort came in time")
+            self._fail(self._requests[request_id], error)
+
+    def _fail_batch(self, batch: Batch, error: Exception) -> None:
+        """The requests of a step that raised are over; the engine is not, if its pool is still sound."""
+        logger.error("a step failed", exc_info=error)
+        typed = error if isinstance(error, KvRelayError) else InternalError(f"the engine's step failed: {error!r}")
+        self._pool.complete_step(self._num_steps)
+        for request in {row.sequence.request.id: row.sequence.request for row in batch.rows}.values():
+            if self._requests.get(request.id) is request:
+                self._fail(request, typed)
+        self.load.check_integrity()
+
+    def _fail(self, request: EngineRequest, error: KvRelayError) -> None:
+        self._end(request, error)
+        self._output.flush()
+        self._emit(messages.RequestFailed(request.id, info_of(error)))
+
+    def _end(self, request: EngineRequest, error: KvRelayError) -> None:
+        """Before its natural end: whoever reads from us or sends to us is told."""
+        self.reader.abort(request.id)
+        self._forget(request)
+        if request.handoff:
+            self.source.failed(request.id, error)
+
+    def _forget(self, request: EngineRequest) -> None:
+        del self._requests[request.id]
+        self._lost.pop(request.id, None)
+        for sequence in request.sequences:
+            self.scheduler.remove(sequence)

@@ -1,0 +1,51 @@
+"""What an engine holds, counted; and the proof that the counts fit together."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from kvrelay_engine.block_pool import BlockPool
+from kvrelay_engine.handoff_reader import HandoffReader
+from kvrelay_engine.handoff_source import HandoffSource
+from kvrelay_engine.messages import Load
+from kvrelay_engine.scheduler import Scheduler
+
+
+class EngineLoad:
+    def __init__(self, pool: BlockPool, scheduler: Scheduler, source: HandoffSource, reader: HandoffReader) -> None:
+        self._pool = pool
+        self._scheduler = scheduler
+        self._source = source
+        self._reader = reader
+
+    def report(self, num_steps: int) -> Load:
+        scheduler = self._scheduler
+        return Load(
+            requests_waiting=len({sequence.request for sequence in scheduler.waiting}),
+            requests_waiting_remote_kv=len(scheduler.remote),
+            requests_running=len({sequence.request for sequence in scheduler.running}),
+            tokens_queued=scheduler.num_queued_tokens,
+            blocks_total=self._pool.num_blocks - 1,
+            blocks_in_use=self._pool.num_in_use,
+            blocks_cached=self._pool.num_cached,
+            blocks_pinned=self._source.num_pinned,
+            blocks_quarantined=self._reader.num_quarantined,
+            leases=self._source.num_leases,
+            transfers=self._reader.num_transfers,
+            steps=num_steps,
+            handoff_bytes=self._reader.handoff_bytes,
+            handoff_s=self._reader.handoff_s,
+            stale_reads=self._reader.stale_reads,
+            expired_leases=self._source.num_expired,
+        )
+
+    def check_integrity(self) -> None:
+        """Asserts that every block is in one state and that nobody holds a block that is not accounted for."""
+        self._pool.check_integrity()
+        scheduler = self._scheduler
+        assert not any(sequence.blocks for sequence in scheduler.waiting), "a waiting sequence holds blocks"
+        held = Counter(block for sequence in scheduler.running for block in sequence.blocks)
+        for block, count in held.items():
+            assert self._pool.references(block) >= count, f"block {block} is used by {count} sequences, held by fewer"
+        if not scheduler.remote and not self._source.num_leases and not self._reader.num_transfers:
+            assert self._pool.num_in_use == len(held), f"{self._pool.num_in_use - len(held)} KV blocks leaked"

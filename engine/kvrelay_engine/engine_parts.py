@@ -1,0 +1,32 @@
+"""What an engine is built from. `startup.py` makes the real parts, tests make small ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from kvrelay_core.clock import Clock
+from kvrelay_engine.block_pool import BlockPool
+from kvrelay_engine.handoff_source import EngineIdentity, SlotWriter
+from kvrelay_engine.messages import Event
+from kvrelay_engine.runner import Runner
+from kvrelay_transfer.connectors.base import Connector
+from kvrelay_transfer.layout import KvLayout
+from kvrelay_transfer.ticket import TicketSigner
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineParts:
+    """What an engine is built from; `synchronize` returns when all work launched on the device is complete."""
+
+    runner: Runner
+    pool: BlockPool
+    layout: KvLayout
+    max_model_len: int
+    identity: EngineIdentity
+    signer: TicketSigner
+    connectors: Mapping[str, Connector]
+    clock: Clock
+    emit: Callable[[Event], None]
+    staging: SlotWriter | None = None
+    synchronize: Callable[[], None] = lambda: None

@@ -1,0 +1,147 @@
+"""One hand-off on its way into this engine: what was announced, posted and verified so far.
+
+Blocks are counted in ticket order: `blocks[i]` is where the ticket's block i goes. All of them are this
+object's until the hand-off arrives, breaks or is aborted; until then `sequence.blocks` stays empty. Knows no
+connectors, pools or clocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+from kvrelay_core.errors import KvRelayError, MismatchError, StaleTicketError, UnsupportedError
+from kvrelay_core.request import FirstToken, HandoffTiming
+from kvrelay_engine.block_pool import NULL_BLOCK
+from kvrelay_engine.messages import HandoffComplete
+from kvrelay_engine.sequence import Sequence
+from kvrelay_transfer.connectors.base import Transfer
+from kvrelay_transfer.layout import KvLayout
+from kvrelay_transfer.ticket import GroupBlocks, KvTicket
+
+
+def check_ticket(ticket: KvTicket, sequence: Sequence, layout: KvLayout, model_fingerprint: bytes) -> None:
+    """Raises MismatchError unless the ticket is for the tokens of `sequence`, this model and this layout.
+
+    The hashes are recomputed from our own tokens, so that nobody can plant KV under another prompt's hash
+    (PROTOCOL D2).
+    """
+    layout.check_compatible(ticket.layout)
+    if ticket.model_fingerprint != model_fingerprint:
+        raise MismatchError("the ticket is for another model or other weights; start both workers with one checkpoint")
+    if ticket.num_tokens != len(sequence.tokens):
+        raise MismatchError(f"the ticket covers {ticket.num_tokens} tokens, the request has {len(sequence.tokens)}")
+    if len(ticket.groups) != 1:
+        raise UnsupportedError(f"this worker reads one KV group, the ticket has {len(ticket.groups)}")
+    group, num_blocks = ticket.groups[0], layout.blocks_for(ticket.num_tokens)
+    is_whole = group.first_token == 0 and len(group.blocks) == len(group.words) == num_blocks
+    if not is_whole or NULL_BLOCK in group.blocks:
+        raise MismatchError(f"the ticket does not list the {num_blocks} blocks of its {ticket.num_tokens} tokens")
+    sequence.chain.extend(sequence.tokens)
+    if ticket.unit_hashes != sequence.chain.packed():
+        raise MismatchError("the ticket's block hashes are not those of the request's tokens")
+
+
+@dataclass(slots=True, eq=False)
+class PostedRead:
+    """A read of the ticket's blocks [first, first + len(blocks))."""
+
+    first: int
+    blocks: tuple[int, ...]  # the local destination
+    transfer: Transfer
+    peer_id: str
+
+
+@dataclass(slots=True, eq=False)
+class Incoming:
+    sequence: Sequence
+    ticket: KvTicket
+    keys: list[bytes]  # prefix-cache keys of the ticket's first blocks
+    num_ready: int = 0  # blocks that may be read
+    first_tokens: tuple[FirstToken, ...] | None = None  # None until the source said Complete
+    failure: KvRelayError | None = None  # reported from outside; breaks the hand-off at the next poll
+    blocks: list[int] = field(default_factory=list)
+    num_reused: int = 0  # of `blocks`, from our own prefix cache
+    num_posted: int = 0  # blocks that are here or asked for
+    num_verified: int = 0  # blocks from the start whose data is here and whose words agreed
+    num_pulled: int = 0
+    reads: list[PostedRead] = field(default_factory=list)
+    waiting_since_s: float | None = None  # for room or for the link to the peer
+    reading_since_s: float | None = None
+    reading_s: float = 0.0  # time with a read under way
+    connector: str = ""
+    _verified_ahead: dict[int, int] = field(default_factory=dict)  # first block -> count, behind a gap
+
+    @property
+    def request_id(self) -> int:
+        return self.sequence.request.id
+
+    @property
+    def group(self) -> GroupBlocks:
+        return self.ticket.groups[0]
+
+    @property
+    def num_full_blocks(self) -> int:
+        return self.ticket.num_tokens // self.ticket.layout.block_tokens
+
+    @property
+    def is_whole(self) -> bool:
+        """Everything is here and verified, and the source said that it was everything."""
+        return self.first_tokens is not None and self.num_verified == len(self.group.blocks)
+
+    # ------------------------------------------------------------------------- what the source announces
+
+    def announce(self, num_blocks: tuple[int, ...]) -> None:
+        """Ready: cumulative, so one that repeats or falls back tells nothing new."""
+        if len(num_blocks) != 1 or num_blocks[0] > self.num_full_blocks:
+            raise MismatchError(f"the source announced {num_blocks} blocks, the ticket has {self.num_full_blocks}")
+        self.num_ready = max(self.num_ready, num_blocks[0])
+
+    def complete(self, message: HandoffComplete) -> None:
+        """Complete: the rest is ready too. The partial block has to be the one that was signed."""
+        group, first = self.group, self.num_full_blocks
+        expected: tuple[GroupBlocks, ...] = ()
+        if first < len(group.blocks):
+            first_token = first * self.ticket.layout.block_tokens
+            expected = (GroupBlocks(group.group, first_token, group.blocks[first:], group.words[first:]),)
+        if message.partial != expected:
+            raise MismatchError("the source's last, partial block is not the one in the ticket")
+        if len(message.first_tokens) != len(self.sequence.request.generation.choices):
+            raise MismatchError(
+                f"the source sent {len(message.first_tokens)} first tokens for "
+                f"{len(self.sequence.request.generation.choices)} choices"
+            )
+        if self.first_tokens is None:
+            self.first_tokens = message.first_tokens
+            self.num_ready = len(group.blocks)
+
+    # ---------------------------------------------------------------------------------------------- reads
+
+    def verify(self, read: PostedRead) -> None:
+        """Compares the words that followed the data with the ticket's (PROTOCOL A6): all or nothing."""
+        count = len(read.blocks)
+        expected = self.group.words[read.first : read.first + count]
+        if tuple(read.transfer.words) != expected:
+            raise StaleTicketError(
+                "blocks of the ticket were reused before they were read; nothing of that read is used",
+                ticket_id=self.ticket.ticket_id,
+            )
+        self.num_pulled += count
+        self._verified_ahead[read.first] = count
+        while (next_count := self._verified_ahead.pop(self.num_verified, None)) is not None:
+            self.num_verified += next_count
+
+    def note_reading(self, now_s: float) -> None:
+        """Keeps `reading_s`: the time during which at least one read was under way."""
+        if self.reading_since_s is not None:
+            self.reading_s += now_s - self.reading_since_s
+        self.reading_since_s = now_s if self.reads else None
+
+    def timing(self) -> HandoffTiming:
+        size_bytes = self.num_pulled * self.ticket.layout.block_bytes
+        return HandoffTiming(size_bytes, self.reading_s, self.num_pulled, self.num_reused, self.connector)
+
+    def unused_blocks(self, kept: int) -> SequenceOf[int]:
+        """Blocks after the first `kept` that no read can still write to."""
+        posted = {block for read in self.reads for block in read.blocks}
+        return [block for block in self.blocks[kept:] if block not in posted]

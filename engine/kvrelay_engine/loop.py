@@ -1,0 +1,66 @@
+"""When the engine works and when it sleeps: commands, a step, a beat, and so on until Shutdown.
+
+While there is something to compute the loop never waits; reads under way are polled every half millisecond;
+an idle engine wakes twice a second to beat, and checks its counts once after it has worked.
+"""
+
+from __future__ import annotations
+
+from kvrelay_core.clock import Clock
+from kvrelay_core.errors import WorkerLostError
+from kvrelay_engine.engine import Engine
+from kvrelay_engine.messages import Shutdown
+from kvrelay_engine.service_link import ServiceLink
+
+BEAT_S = 0.5
+TRANSFER_POLL_S = 0.0005
+ROOM_POLL_S = 0.002  # requests wait for blocks or pins that others hold
+LEASE_POLL_S = 0.05  # leases, deadlines and time budgets
+CONNECT_TIMEOUT_S = 10.0
+
+
+class EngineLoop:
+    def __init__(self, engine: Engine, link: ServiceLink, clock: Clock) -> None:
+        self._engine = engine
+        self._link = link
+        self._clock = clock
+        self._started_s = clock.now()
+        self._next_beat_s = 0.0  # at once
+        self._has_computed = False
+        self._is_unchecked = False  # something was computed since the last check
+
+    def run(self) -> None:
+        """Returns after Shutdown. Raises WorkerLostError when the service is gone."""
+        while True:
+            for command in self._link.receive(self._wait_s()):
+                self._engine.handle(command)
+                if isinstance(command, Shutdown):
+                    return
+            self._has_computed = self._engine.step()
+            self._is_unchecked |= self._has_computed
+            self._beat_when_due()
+
+    def _wait_s(self) -> float:
+        if self._has_computed:
+            return 0.0
+        if self._engine.reader.is_busy:
+            return TRANSFER_POLL_S
+        if self._engine.scheduler.has_work:
+            return ROOM_POLL_S
+        until_beat_s = max(0.0, self._next_beat_s - self._clock.now())
+        if self._engine.has_requests or not self._engine.is_idle:
+            return min(LEASE_POLL_S, until_beat_s)
+        return until_beat_s
+
+    def _beat_when_due(self) -> None:
+        now_s = self._clock.now()
+        if now_s < self._next_beat_s:
+            return
+        self._next_beat_s = now_s + BEAT_S
+        self._engine.beat()
+        self._link.check_service()
+        if self._is_unchecked and self._engine.is_idle:
+            self._is_unchecked = False
+            self._engine.load.check_integrity()
+        if not self._link.was_connected and now_s - self._started_s > CONNECT_TIMEOUT_S:
+            raise WorkerLostError(f"the service did not open its command pipe within {CONNECT_TIMEOUT_S:g} s")

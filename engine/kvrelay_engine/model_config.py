@@ -1,0 +1,54 @@
+"""What the engine knows of a model's shape and maths, whatever its architecture.
+
+Each architecture's `models/<name>/config.py` makes one from `config.json`. It knows nothing of weights, devices
+or torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import msgspec
+
+from kvrelay_core.errors import ConfigError
+from kvrelay_engine.rope_config import RopeConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A decoder-only transformer with RoPE, grouped-query attention, RMS norms and a gated SiLU MLP."""
+
+    architecture: str  # as config.json names it, e.g. LlamaForCausalLM
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_model_len: int  # tokens that positions are defined for
+    rms_norm_eps: float
+    rope: RopeConfig
+    tie_embeddings: bool
+    dtype: str  # of the checkpoint
+    qkv_bias: bool = False
+    output_bias: bool = False  # of the attention's output projection
+    mlp_bias: bool = False
+
+    def validate(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"config.json: {name} must be at least 1, not {getattr(self, name)}")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"config.json: num_attention_heads {self.num_heads} must be a multiple of "
+                f"num_key_value_heads {self.num_kv_heads}"
+            )
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ConfigError(f"config.json: head_dim must be even for RoPE, not {self.head_dim}")
+
+    def maths_fingerprint_fields(self) -> bytes:
+        """Canonical encoding of everything that changes what is computed from the same weight files."""
+        fields = asdict(self)
+        del fields["max_model_len"], fields["dtype"]
+        return msgspec.json.encode(fields, order="deterministic")

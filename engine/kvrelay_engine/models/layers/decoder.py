@@ -1,0 +1,81 @@
+"""A stack of decoder layers between an embedding and an output projection.
+
+Each layer is pre-norm: attention, then MLP, each added to a residual; an addition and the norm that follows it
+are one operation. The architectures differ in their attention, which they pass in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvrelay_engine.model_config import ModelConfig
+from kvrelay_engine.models.layers.attention import Attention, AttentionWeights
+from kvrelay_engine.models.layers.linear import Linear, PlainLinear, column_major, make_linear
+from kvrelay_engine.models.layers.mlp import GatedMlp, MlpWeights
+from kvrelay_engine.models.layers.rope import rope_table
+from kvrelay_engine.models.layers.step import ModelStep
+from kvrelay_kernels.norm import add_rms_norm, rms_norm
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    input_norm_E: Tensor
+    attention: AttentionWeights
+    mlp_norm_E: Tensor
+    mlp: MlpWeights
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderWeights:
+    embedding_VE: Tensor
+    layers: list[LayerWeights]
+    norm_E: Tensor
+    output_VE: Tensor | None  # None: tied to the embedding
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    attention: Attention
+    mlp_norm_E: Tensor
+    mlp: GatedMlp
+    next_norm_E: Tensor  # the next layer's input norm, or the last norm of the model
+
+
+class Decoder:
+    def __init__(self, config: ModelConfig, weights: DecoderWeights, attention_class: type[Attention]) -> None:
+        """Takes the weights over: some are repacked."""
+        cos_sin_PD = rope_table(config.rope, config.head_dim, config.max_model_len, weights.norm_E.device)
+        self._eps = config.rms_norm_eps
+        self._first_norm_E = weights.layers[0].input_norm_E
+        next_norms_E = [*(layer.input_norm_E for layer in weights.layers[1:]), weights.norm_E]
+        self._layers = [
+            DecoderLayer(
+                attention_class(config, layer.attention, cos_sin_PD),
+                layer.mlp_norm_E,
+                GatedMlp(layer.mlp),
+                next_norm_E,
+            )
+            for layer, next_norm_E in zip(weights.layers, next_norms_E, strict=True)
+        ]
+        self._embedding_VE = weights.embedding_VE
+        self._project_output: Linear
+        if weights.output_VE is not None:
+            self._project_output = make_linear(weights.output_VE, None)
+        else:
+            self._embedding_VE = column_major(weights.embedding_VE)
+            self._project_output = PlainLinear(self._embedding_VE)
+
+    def __call__(self, step: ModelStep, layer_pools: Sequence[Tensor]) -> Tensor:
+        """Logits [R, V] in the model's dtype. `layer_pools[i]` is layer i's part of the pool."""
+        residual_NE = F.embedding(step.token_ids_N, self._embedding_VE)
+        x_NE = rms_norm(residual_NE, self._first_norm_E, self._eps)
+        for layer, layer_pool in zip(self._layers, layer_pools, strict=True):
+            x_NE = layer.attention(x_NE, step, layer_pool)
+            x_NE, residual_NE = add_rms_norm(x_NE, residual_NE, layer.mlp_norm_E, self._eps)
+            x_NE = layer.mlp(x_NE)
+            x_NE, residual_NE = add_rms_norm(x_NE, residual_NE, layer.next_norm_E, self._eps)
+        return self._project_output(x_NE.index_select(0, step.logits_rows_R))

@@ -1,0 +1,53 @@
+"""Projections y = x W^T + b, with the weight in the memory order that is fastest where it lies.
+
+On the CPU in float32 a weight packed by oneDNN makes batches of 2 to 32 tokens up to 1.7 times as fast as a plain
+one, and lets a single token use all threads. A tied embedding cannot be packed, for its rows must be read too:
+column-major, a single token is up to 1.6 times as fast as row-major and the rows can still be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Linear = Callable[[Tensor], Tensor]  # x_NI -> y_NO
+
+# oneDNN chooses its block sizes for this many rows; the packed weight serves any number.
+_PACK_FOR_ROWS = 8
+
+
+def make_linear(weight_OI: Tensor, bias_O: Tensor | None) -> Linear:
+    """The projection in the fastest form for the weight's device and dtype. Takes the weight over."""
+    if weight_OI.device.type == "cpu" and weight_OI.dtype == torch.float32 and torch._C._has_mkldnn:
+        return PackedLinear(weight_OI, bias_O)
+    return PlainLinear(weight_OI, bias_O)
+
+
+class PlainLinear:
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
+        self._weight_OI = weight_OI
+        self._bias_O = bias_O
+
+    def __call__(self, x_NI: Tensor) -> Tensor:
+        return F.linear(x_NI, self._weight_OI, self._bias_O)
+
+
+class PackedLinear:
+    """The weight lives only in oneDNN's blocked format. float32 on the CPU."""
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
+        self._packed = torch.ops.mkldnn._reorder_linear_weight.default(weight_OI, _PACK_FOR_ROWS)
+        self._bias_O = bias_O
+        self._multiply = torch.ops.mkldnn._linear_pointwise.default
+
+    def __call__(self, x_NI: Tensor) -> Tensor:
+        y_NO: Tensor = self._multiply(x_NI, self._packed, self._bias_O, "none", [], "")
+        return y_NO
+
+
+def column_major(weight_OI: Tensor) -> Tensor:
+    """The same matrix in the memory order that suits a single token on the CPU; unchanged on a GPU."""
+    return weight_OI.t().contiguous().t() if weight_OI.device.type == "cpu" else weight_OI

@@ -1,0 +1,20 @@
+"""What the layers need to know of one step's batch, as tensors on the model's device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvrelay_kernels.attention import AttentionBatch
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStep:
+    """Token i of the batch is `token_ids_N[i]` at `positions_N[i]`; its KV goes to `slots_N[i]`. All int64."""
+
+    token_ids_N: Tensor
+    positions_N: Tensor
+    slots_N: Tensor  # block * block_tokens + offset
+    logits_rows_R: Tensor  # tokens whose logits are wanted, ascending
+    attention: AttentionBatch

@@ -1,0 +1,269 @@
+"""Who runs in the next step, with how many tokens, in which blocks.
+
+    add              WAITING: holds nothing
+    add_remote       WAITING_REMOTE_KV: the hand-off reader asks `reserve_remote` for blocks and a seat
+    start            RUNNING: its KV is there (branches of a trunk, an arrived hand-off)
+    schedule         one step's batch under one budget of tokens: decoding sequences first, then prompts in
+                     chunks, then newcomers; the most urgent first
+    remove           FINISHED: blocks go back
+
+A waiting sequence never holds blocks, so waiting sequences cannot block each other. A newcomer gets all blocks
+of its tokens or none. When a decoding sequence finds no block to grow into, the least urgent one is preempted:
+recomputed here if that is cheap, else handed back (PROTOCOL C5). Blocks of an accepted ticket are never taken.
+
+Knows nothing of messages, tickets, sampling or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import inf
+
+from kvrelay_core.clock import Clock
+from kvrelay_engine.block_pool import BlockPool
+from kvrelay_engine.config import EngineConfig
+from kvrelay_engine.prefix_cache import PrefixCache
+from kvrelay_engine.runner import BatchRow
+from kvrelay_engine.sequence import EngineRequest, Sequence, SequenceState
+from kvrelay_engine.throughput import Throughput
+from kvrelay_transfer.layout import KvLayout
+
+Urgency = tuple[bool, float, int, float, int]
+
+
+@dataclass(slots=True)
+class ScheduledRow:
+    """The next `num_tokens` uncomputed tokens of a sequence."""
+
+    sequence: Sequence
+    num_tokens: int
+    wants_logits: bool  # it ends with the sequence's last token
+    words: tuple[int, ...]  # fence words, at launch, of the blocks that the row fills
+
+    def for_runner(self) -> BatchRow:
+        start = self.sequence.num_computed
+        tokens = self.sequence.tokens[start : start + self.num_tokens]
+        return BatchRow(tokens, start, self.sequence.blocks, self.wants_logits)
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step: its rows, and what befell whom while it was put together."""
+
+    budget: int  # tokens left
+    rows: list[ScheduledRow] = field(default_factory=list)
+    admitted: list[Sequence] = field(default_factory=list)
+    handed_back: list[EngineRequest] = field(default_factory=list)  # already removed
+
+    def drop(self, request: EngineRequest) -> None:
+        self.rows = [row for row in self.rows if row.sequence.request is not request]
+        self.admitted = [sequence for sequence in self.admitted if sequence.request is not request]
+
+
+class Scheduler:
+    def __init__(
+        self,
+        config: EngineConfig,
+        pool: BlockPool,
+        layout: KvLayout,
+        cache: PrefixCache,
+        throughput: Throughput,
+        clock: Clock,
+        can_pin: Callable[[int], bool],
+    ) -> None:
+        """`can_pin` says whether so many more blocks may be pinned by tickets."""
+        self._config = config
+        self._pool = pool
+        self._layout = layout
+        self._cache = cache
+        self._throughput = throughput
+        self._clock = clock
+        self._can_pin = can_pin
+        # Dicts as ordered sets.
+        self.waiting: dict[Sequence, None] = {}
+        self.running: dict[Sequence, None] = {}
+        self.remote: dict[Sequence, None] = {}
+        self._seated: set[Sequence] = set()  # remote ones that have their blocks
+
+    # ------------------------------------------------------------------------------ between the states
+
+    def add(self, sequence: Sequence) -> None:
+        sequence.state = SequenceState.WAITING
+        self.waiting[sequence] = None
+
+    def add_remote(self, sequence: Sequence) -> None:
+        sequence.state = SequenceState.WAITING_REMOTE_KV
+        self.remote[sequence] = None
+
+    def start(self, sequence: Sequence) -> None:
+        """The sequence has its KV (and, if it came by a hand-off, a seat since `reserve_remote`)."""
+        self._leave(sequence)
+        sequence.state = SequenceState.RUNNING
+        self.running[sequence] = None
+
+    def lose_remote(self, sequence: Sequence) -> None:
+        """The hand-off broke. The sequence holds nothing while it waits to be replaced or removed."""
+        self._seated.discard(sequence)
+        self.free(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """The sequence is over. Idempotent."""
+        self._leave(sequence)
+        sequence.state = SequenceState.FINISHED
+        self.free(sequence)
+
+    def free(self, sequence: Sequence) -> None:
+        """Gives its blocks back; what it computed may still be found in the prefix cache."""
+        self._pool.release(sequence.blocks, sequence.last_step)
+        sequence.blocks = []
+        sequence.num_computed = 0
+        sequence.num_published = 0
+
+    def _leave(self, sequence: Sequence) -> None:
+        for queue in (self.waiting, self.running, self.remote):
+            queue.pop(sequence, None)
+        self._seated.discard(sequence)
+
+    # --------------------------------------------------------------------------------- one step's batch
+
+    def schedule(self) -> Batch:
+        batch = Batch(self._config.tokens_per_step)
+        for sequence in self._running_in_order():
+            if sequence.state is SequenceState.RUNNING:  # not preempted meanwhile
+                self._continue(sequence, batch)
+        self._admit(batch)
+        return batch
+
+    def _running_in_order(self) -> list[Sequence]:
+        """Decoding ones first, the most urgent first; in any order when all of them get what they need anyway."""
+        if self._pool.num_free >= len(self.running) and all(sequence.num_uncomputed == 1 for sequence in self.running):
+            return list(self.running)
+        return sorted(self.running, key=lambda sequence: (sequence.num_uncomputed > 1, self._urgency(sequence)))
+
+    def _continue(self, sequence: Sequence, batch: Batch) -> None:
+        num_tokens = min(sequence.num_uncomputed, batch.budget)
+        if num_tokens and self._grow(sequence, num_tokens, batch):
+            self._add_row(sequence, num_tokens, batch)
+
+    def _grow(self, sequence: Sequence, num_tokens: int, batch: Batch) -> bool:
+        """Makes the sequence's blocks cover its next tokens; False if it had to give way itself."""
+        needed = self._layout.blocks_for(sequence.num_computed + num_tokens) - len(sequence.blocks)
+        if needed <= 0:
+            return True
+        while needed > self._pool.num_free:
+            self._preempt(self._least_urgent(batch), batch)
+            if sequence.state is not SequenceState.RUNNING:
+                return False
+        sequence.blocks += self._pool.reserve(needed)
+        return True
+
+    def _add_row(self, sequence: Sequence, num_tokens: int, batch: Batch) -> None:
+        words = self._cache.words_to_fill(sequence, num_tokens)
+        batch.rows.append(ScheduledRow(sequence, num_tokens, num_tokens == sequence.num_uncomputed, words))
+        batch.budget -= num_tokens
+
+    # ------------------------------------------------------------------------------------- newcomers
+
+    def _admit(self, batch: Batch) -> None:
+        """Strictly in order: whoever does not fit holds up those behind, so that nobody starves."""
+        if not self.waiting or not batch.budget or self._seats_taken() >= self._config.max_num_seqs:
+            return
+        num_pinned = 0  # by this batch's newcomers, whose tickets are issued after it is put together
+        for sequence in sorted(self.waiting, key=self._urgency):
+            num_blocks = self._layout.blocks_for(len(sequence.tokens))
+            to_pin = num_blocks if sequence.request.handoff else 0
+            if to_pin and not self._can_pin(num_pinned + to_pin):
+                return
+            if not batch.budget or not self._take_place(sequence, num_blocks):
+                return
+            num_pinned += to_pin
+            batch.admitted.append(sequence)
+            self._continue(sequence, batch)
+
+    def _take_place(self, sequence: Sequence, num_blocks: int) -> bool:
+        """A seat and all blocks, cached ones first; or nothing."""
+        if self._seats_taken() + sequence.num_seats > self._config.max_num_seqs:
+            return False
+        hits = self._cache.match(sequence)
+        needed = num_blocks - len(hits)
+        num_free = self._pool.num_free - sum(self._pool.references(block) == 0 for block in hits)
+        watermark = 0 if sequence.request.is_prefill else self._watermark()
+        if needed + watermark > num_free:
+            return False
+        self._pool.pin(hits)
+        sequence.blocks = hits + self._pool.reserve(needed)
+        sequence.num_published = len(hits)
+        sequence.num_computed = sequence.num_cached = len(hits) * self._layout.block_tokens
+        self.start(sequence)
+        return True
+
+    def reserve_remote(self, sequence: Sequence, num_blocks: int) -> list[int] | None:
+        """Blocks, and a seat, for a hand-off whose KV begins to arrive; None when it has to wait or to go."""
+        has_seat = self._seats_taken() + sequence.num_seats <= self._config.max_num_seqs
+        has_blocks = num_blocks + self._watermark() <= self._pool.num_free
+        if not has_seat or not has_blocks or self._is_overtaking(sequence):
+            return None
+        self._seated.add(sequence)
+        return self._pool.reserve(num_blocks)
+
+    def _is_overtaking(self, sequence: Sequence) -> bool:
+        urgency = self._urgency(sequence)
+        return any(waiting.num_preemptions or self._urgency(waiting) < urgency for waiting in self.waiting)
+
+    def _seats_taken(self) -> int:
+        return sum(sequence.num_seats for sequence in self.running) + sum(
+            sequence.num_seats for sequence in self._seated
+        )
+
+    def _watermark(self) -> int:
+        """Blocks kept free for growth: one for each sequence that decodes here or is about to."""
+        return self._seats_taken()
+
+    # ---------------------------------------------------------------------------- order and preemption
+
+    def _urgency(self, sequence: Sequence) -> Urgency:
+        """Smaller is more urgent: who waited beyond all patience, then the least slack, priority, arrival."""
+        request = sequence.request
+        if self._clock.now() - request.arrived_s > self._config.patience_s:
+            return (False, request.arrived_s, 0, 0.0, request.id)
+        work_s = self._throughput.seconds_for(sequence.num_uncomputed)
+        latest_start_s = inf if request.deadline_at_s is None else request.deadline_at_s - work_s
+        return (True, latest_start_s, -request.generation.priority, request.arrived_s, request.id)
+
+    def _least_urgent(self, batch: Batch) -> Sequence:
+        """Of the running sequences that may be preempted and have no row in this step yet."""
+        scheduled = {row.sequence for row in batch.rows}
+        candidates = [
+            sequence for sequence in self.running if not sequence.request.is_prefill and sequence not in scheduled
+        ]
+        return max(candidates, key=self._urgency)
+
+    def _preempt(self, victim: Sequence, batch: Batch) -> None:
+        if self._may_recompute(victim):
+            self._leave(victim)
+            self.free(victim)
+            victim.num_preemptions += 1
+            self.add(victim)
+            return
+        batch.drop(victim.request)
+        for sequence in victim.request.sequences:
+            self.remove(sequence)
+        batch.handed_back.append(victim.request)
+
+    def _may_recompute(self, victim: Sequence) -> bool:
+        queued = sum(len(sequence.tokens) for sequence in self.waiting if sequence.num_preemptions)
+        num_tokens = len(victim.tokens)
+        return num_tokens <= self._config.decode_alone_tokens and queued + num_tokens <= self._config.recompute_tokens
+
+    # ------------------------------------------------------------------------------------------ counts
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `schedule` could find rows; remote sequences wait for others."""
+        return bool(self.running or self.waiting)
+
+    @property
+    def num_queued_tokens(self) -> int:
+        """Tokens to be computed before all that are here now have their next token."""
+        return sum(sequence.num_uncomputed for queue in (self.waiting, self.running) for sequence in queue)

@@ -1,0 +1,81 @@
+"""Lays a ragged batch of token ids and block tables out as the flat tensors that the layers read.
+
+All integers of a step go to the device in two copies. It knows nothing of models: only the pool's block size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvrelay_engine.models.layers.step import ModelStep
+from kvrelay_engine.runner import BatchRow
+from kvrelay_kernels.attention import AttentionBatch
+
+
+class StepBuilder:
+    def __init__(self, block_tokens: int, device: torch.device) -> None:
+        self._block_tokens = block_tokens
+        self._device = device
+
+    def build(self, batch: Sequence[BatchRow]) -> ModelStep:
+        """Every row has at least one token, and a block table that covers its last one."""
+        query_starts, context_lens, logits_rows = [0], [], []
+        for row in batch:
+            query_starts.append(query_starts[-1] + len(row.token_ids))
+            context_lens.append(row.start + len(row.token_ids))
+            if row.wants_logits:
+                logits_rows.append(query_starts[-1] - 1)
+        wide = self._lay_out_tokens(batch, query_starts, logits_rows)
+        num_tokens = query_starts[-1]
+        token_ids_N, positions_N, slots_N, logits_rows_R = wide.split_with_sizes([num_tokens] * 3 + [len(logits_rows)])
+        attention = self._attention_batch(batch, query_starts, context_lens)
+        return ModelStep(token_ids_N, positions_N, slots_N, logits_rows_R, attention)
+
+    def _lay_out_tokens(self, batch: Sequence[BatchRow], query_starts: list[int], logits_rows: list[int]) -> Tensor:
+        """int64: all token ids, then all positions, all slots, and the rows that want logits."""
+        num_tokens, block_tokens = query_starts[-1], self._block_tokens
+        flat = np.empty(3 * num_tokens + len(logits_rows), dtype=np.int64)
+        token_ids_N, positions_N, slots_N = flat[: 3 * num_tokens].reshape(3, num_tokens)
+        flat[3 * num_tokens :] = logits_rows
+        for row, first in zip(batch, query_starts, strict=False):
+            if len(row.token_ids) == 1:
+                block, offset = divmod(row.start, block_tokens)
+                token_ids_N[first] = row.token_ids[0]
+                positions_N[first] = row.start
+                slots_N[first] = row.block_table[block] * block_tokens + offset
+                continue
+            tokens = slice(first, first + len(row.token_ids))
+            token_ids_N[tokens] = row.token_ids
+            positions = np.arange(row.start, row.start + len(row.token_ids))
+            positions_N[tokens] = positions
+            blocks, offsets = np.divmod(positions, block_tokens)
+            slots_N[tokens] = np.asarray(row.block_table)[blocks] * block_tokens + offsets
+        return torch.from_numpy(flat).to(self._device, non_blocking=True)
+
+    def _attention_batch(
+        self, batch: Sequence[BatchRow], query_starts: list[int], context_lens: list[int]
+    ) -> AttentionBatch:
+        """int32 on the device: block tables, padded with the null block, then starts, then lengths."""
+        num_sequences = len(batch)
+        widths = [-(-context_len // self._block_tokens) for context_len in context_lens]
+        num_columns = max(widths)
+        table_size = num_sequences * num_columns
+        flat = np.zeros(table_size + 2 * num_sequences + 1, dtype=np.int32)
+        for index, (row, width) in enumerate(zip(batch, widths, strict=True)):
+            flat[index * num_columns : index * num_columns + width] = row.block_table[:width]
+        flat[table_size : table_size + num_sequences + 1] = query_starts
+        flat[table_size + num_sequences + 1 :] = context_lens
+        narrow = torch.from_numpy(flat).to(self._device, non_blocking=True)
+        tables, starts_B1, lens_B = narrow.split_with_sizes([table_size, num_sequences + 1, num_sequences])
+        return AttentionBatch(
+            query_starts=query_starts,
+            context_lens=context_lens,
+            block_tables_BM=tables.view(num_sequences, num_columns),
+            max_query_len=max(len(row.token_ids) for row in batch),
+            query_starts_B1=starts_B1,
+            context_lens_B=lens_B,
+        )

@@ -1,0 +1,132 @@
+"""A source and a reader over the memory fabric; the test carries the messages that services would carry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from handoff_sides import ADDRESS, LAYOUT, MODEL, SourceSide, make_memory, make_sequence
+
+from kvrelay_core.clock import ManualClock
+from kvrelay_engine.block_pool import BlockPool
+from kvrelay_engine.handoff_reader import HandoffArrived, HandoffBroken, HandoffReader, ReaderLimits
+from kvrelay_engine.messages import (
+    ConnectPeer,
+    Event,
+    FollowAttach,
+    FollowComplete,
+    FollowFailed,
+    FollowReady,
+    HandoffComplete,
+    HandoffFailed,
+    HandoffReady,
+    HandoffRelease,
+    PeerConnected,
+    ReleaseReason,
+)
+from kvrelay_engine.sequence import Sequence
+from kvrelay_transfer.connectors.base import Connector
+from kvrelay_transfer.connectors.memory import MemoryConnector, MemoryFabric, MemoryTransfer
+from kvrelay_transfer.ticket import KvTicket
+
+FOLLOW = 11
+
+
+class HandoffPair:
+    def __init__(
+        self,
+        num_blocks: int = 32,
+        *,
+        limits: ReaderLimits | None = None,
+        connectors: Mapping[str, Connector] | None = None,
+        is_connected: bool = True,
+    ) -> None:
+        self.clock = ManualClock()
+        self.fabric = MemoryFabric()
+        self.side = SourceSide(self.clock)
+        self.source_connector = MemoryConnector(self.fabric, self.side.memory, self.clock)
+        self.memory = make_memory(num_blocks)
+        self.pool = BlockPool(num_blocks, self.memory.words)
+        self.events: list[Event] = []
+        self.room = num_blocks
+        self.reader = HandoffReader(
+            self.pool,
+            LAYOUT,
+            connectors or {"memory": MemoryConnector(self.fabric, self.memory, self.clock)},
+            self.clock,
+            self.events.append,
+            self.reserve,
+            model_fingerprint=MODEL,
+            limits=limits,
+        )
+        if is_connected:
+            self.connect()
+
+    def reserve(self, sequence: Sequence, num_blocks: int) -> list[int] | None:
+        """The scheduler's word: as long as `room` lasts."""
+        if num_blocks > min(self.room, self.pool.num_free):
+            return None
+        return self.pool.reserve(num_blocks)
+
+    def connect(self) -> None:
+        self.reader.handle(ConnectPeer(self.side.peer(self.source_connector.offer())))
+        self.reader.poll()
+        assert self.take_events() == [PeerConnected(ADDRESS, "memory", 0.0)]
+
+    def take_events(self) -> list[Event]:
+        taken = list(self.events)
+        self.events.clear()
+        return taken
+
+    def poll(self) -> HandoffArrived | HandoffBroken | None:
+        """One step of a reader with one hand-off."""
+        outcomes = self.reader.poll()
+        assert len(outcomes) <= 1
+        return outcomes[0] if outcomes else None
+
+    def land(self) -> HandoffArrived | HandoffBroken | None:
+        """Everything that is posted lands, again and again, until nothing more is posted."""
+        outcome = self.poll()
+        while outcome is None and self.fabric.pending:
+            self.fabric.land_all()
+            outcome = self.poll()
+        return outcome
+
+    def open(self, sequence: Sequence, ticket: KvTicket) -> Sequence:
+        """The decode's own sequence of the same tokens; the ticket is followed."""
+        decode = make_sequence(sequence.tokens, sequence.request.id, len(sequence.request.generation.choices))
+        self.reader.open(decode, ticket)
+        self.side.source.handle(FollowAttach(FOLLOW, ticket))
+        return decode
+
+    def carry(self, request_id: int = 1) -> None:
+        """What the source emitted for the Follow reaches the reader."""
+        for event in self.side.take_events():
+            match event:
+                case FollowReady(_, num_blocks):
+                    self.reader.handle(HandoffReady(request_id, num_blocks))
+                case FollowComplete(_, first_tokens, partial):
+                    self.reader.handle(HandoffComplete(request_id, first_tokens, partial))
+                case FollowFailed(_, error):
+                    self.reader.handle(HandoffFailed(request_id, error))
+                case _:
+                    pass
+
+    def released(self, request_id: int = 1) -> ReleaseReason:
+        """The reason with which the reader left the Follow, once."""
+        (release,) = [event for event in self.take_events() if isinstance(event, HandoffRelease)]
+        assert release.id == request_id
+        return release.reason
+
+    def only_transfer(self) -> MemoryTransfer:
+        (transfer,) = self.fabric.pending
+        return transfer
+
+    def holds_kv_of(self, sequence: Sequence, source_blocks: list[int] | tuple[int, ...]) -> bool:
+        ours = self.memory.block_rows[sequence.blocks]
+        return torch.equal(ours, self.side.memory.block_rows[list(source_blocks[: len(sequence.blocks)])])
+
+    def assert_all_free(self) -> None:
+        self.pool.check_integrity()
+        assert self.pool.num_in_use == self.reader.num_transfers == self.reader.num_quarantined == 0
+        assert not self.reader.is_busy

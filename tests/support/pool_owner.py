@@ -1,0 +1,40 @@
+"""A process of its own that owns a KV pool and serves its descriptor: `pool_owner.py SOCKET BLOCKS BLOCK_FLOATS`.
+
+Prints one JSON line when the pool is filled (block i with the float i), then does what each line on stdin says:
+`bump BLOCK` rewrites a block for another request. Ends with its stdin.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from kvrelay_core.clock import MonotonicClock
+from kvrelay_transfer.connectors.shm import ShmConnector
+from kvrelay_transfer.layout import KvLayout
+from kvrelay_transfer.pool_memory import PoolMemory
+
+
+def main(socket_path: str, num_blocks: int, block_floats: int) -> None:
+    layout = KvLayout("float32", 1, 1, 4, block_floats // 8, hash_unit_tokens=8)
+    memory = PoolMemory.allocate(layout, num_blocks, "cpu", os.urandom(16))
+    for block in range(num_blocks):
+        memory.tensor[block] = float(block)
+    connector = ShmConnector(memory, MonotonicClock(), Path(socket_path))
+    offer = connector.offer()
+    assert offer is not None
+    words = [memory.words.read(block) for block in range(num_blocks)]
+    ready = {"epoch": memory.engine_epoch.hex(), "endpoint": offer.endpoint.hex(), "words": words}
+    print(json.dumps(ready), flush=True)
+    for line in sys.stdin:
+        _, block_text = line.split()
+        memory.words.bump(int(block_text))
+        memory.tensor[int(block_text)] = -1.0
+        print("done", flush=True)
+    connector.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

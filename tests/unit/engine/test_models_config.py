@@ -1,0 +1,203 @@
+"""config.json of the published models, in the forms of transformers 4 and 5, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvrelay_core.errors import ConfigError
+from kvrelay_engine.loader import read_config
+from kvrelay_engine.model_config import ModelConfig
+from kvrelay_engine.rope_config import RopeConfig
+
+Json = dict[str, Any]
+
+LLAMA_3_2_1B: Json = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 128256,
+}
+QWEN2_5_7B: Json = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 28,
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+QWEN3_0_6B: Json = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 40960,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+YARN: Json = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+def parse(tmp_path: Path, config: Json) -> ModelConfig:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return read_config(tmp_path)
+
+
+def test_llama(tmp_path: Path) -> None:
+    assert parse(tmp_path, LLAMA_3_2_1B) == ModelConfig(
+        architecture="LlamaForCausalLM",
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_layers=16,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=64,
+        max_model_len=131072,
+        rms_norm_eps=1e-5,
+        rope=RopeConfig(
+            "llama3", 500000.0, factor=32.0, original_max_len=8192, low_freq_factor=1.0, high_freq_factor=4.0
+        ),
+        tie_embeddings=True,
+        dtype="bfloat16",
+    )
+
+
+def test_qwen2_has_biases_on_queries_keys_and_values(tmp_path: Path) -> None:
+    config = parse(tmp_path, QWEN2_5_7B)
+    assert (config.qkv_bias, config.output_bias, config.mlp_bias) == (True, False, False)
+    assert (config.head_dim, config.num_kv_heads, config.rope) == (128, 4, RopeConfig("default", 1_000_000.0))
+
+
+def test_qwen3_head_dim_is_its_own(tmp_path: Path) -> None:
+    config = parse(tmp_path, QWEN3_0_6B)
+    assert (config.head_dim, config.hidden_size, config.num_heads) == (128, 1024, 16)
+    assert not config.qkv_bias
+
+
+@pytest.mark.parametrize("scaling", [LLAMA_3_2_1B["rope_scaling"], YARN, {"rope_type": "linear", "factor": 2.0}, None])
+def test_both_forms_of_rope_parameters_are_the_same(tmp_path: Path, scaling: Json | None) -> None:
+    old = {**QWEN2_5_7B, "rope_scaling": scaling, "rope_theta": 12345.0}
+    new = {name: value for name, value in old.items() if name not in ("rope_scaling", "rope_theta", "torch_dtype")}
+    rope_type = "default" if scaling is None else scaling.get("rope_type", "yarn")
+    parameters = {name: value for name, value in (scaling or {}).items() if name != "type"}
+    new["rope_parameters"] = {"rope_theta": 12345.0, "rope_type": rope_type, **parameters}
+    new["dtype"] = "bfloat16"
+    assert parse(tmp_path, old) == parse(tmp_path, new)
+
+
+def test_scaling_beyond_the_trained_positions_lengthens_the_context(tmp_path: Path) -> None:
+    assert parse(tmp_path, {**QWEN2_5_7B, "rope_scaling": YARN}).max_model_len == 131072
+    linear = {"type": "linear", "factor": 2.0}
+    assert parse(tmp_path, {**QWEN2_5_7B, "rope_scaling": linear}).max_model_len == 65536
+
+
+def test_biases_of_llama_follow_the_flags(tmp_path: Path) -> None:
+    config = parse(tmp_path, {**LLAMA_3_2_1B, "attention_bias": True, "mlp_bias": True})
+    assert (config.qkv_bias, config.output_bias, config.mlp_bias) == (True, True, True)
+
+
+def test_absent_fields_have_the_defaults_of_transformers(tmp_path: Path) -> None:
+    minimal = ("architectures", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    config = parse(
+        tmp_path,
+        {name: LLAMA_3_2_1B[name] for name in minimal} | {"vocab_size": 100, "max_position_embeddings": 2048},
+    )
+    assert (config.num_kv_heads, config.head_dim, config.rms_norm_eps) == (32, 64, 1e-6)
+    assert (config.rope, config.tie_embeddings, config.dtype) == (RopeConfig("default", 10_000.0), False, "float32")
+
+
+@pytest.mark.parametrize(
+    ("base", "change", "named"),
+    [
+        (LLAMA_3_2_1B, {"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM.*LlamaForCausalLM"),
+        (LLAMA_3_2_1B, {"architectures": []}, "architectures none"),
+        (LLAMA_3_2_1B, {"hidden_act": "gelu"}, "hidden_act 'gelu'.*'silu'"),
+        (LLAMA_3_2_1B, {"hidden_size": None}, "hidden_size is missing"),
+        (LLAMA_3_2_1B, {"hidden_size": "2048"}, "hidden_size must be an integer, not '2048'"),
+        (LLAMA_3_2_1B, {"num_key_value_heads": 7}, "num_attention_heads 32 must be a multiple"),
+        (LLAMA_3_2_1B, {"num_key_value_heads": 0}, "num_kv_heads must be at least 1"),
+        (LLAMA_3_2_1B, {"num_attention_heads": 0}, "num_attention_heads must be at least 1"),
+        (LLAMA_3_2_1B, {"head_dim": 63}, "head_dim must be even"),
+        (LLAMA_3_2_1B, {"head_dim": None, "num_attention_heads": 24}, "not a multiple of num_attention_heads"),
+        (LLAMA_3_2_1B, {"torch_dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn'.*float32, bfloat16, float16"),
+        (LLAMA_3_2_1B, {"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+        (LLAMA_3_2_1B, {"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false"),
+        (LLAMA_3_2_1B, {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'.*default, linear"),
+        (LLAMA_3_2_1B, {"rope_scaling": {"rope_type": "longrope"}}, "rope_scaling: RoPE type 'longrope'"),
+        (LLAMA_3_2_1B, {"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
+        (LLAMA_3_2_1B, {"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor must be positive"),
+        (LLAMA_3_2_1B, {"rope_scaling": {"rope_type": "linear", "factor": 2, "beta": 1}}, "beta not supported"),
+        (LLAMA_3_2_1B, {"rope_scaling": "llama3"}, "rope_scaling must be an object"),
+        (LLAMA_3_2_1B, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        (QWEN2_5_7B, {"use_sliding_window": True}, "use_sliding_window true is not supported"),
+        (QWEN3_0_6B, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types sliding_attention"),
+        (QWEN3_0_6B, {"layer_types": "full_attention"}, "layer_types must be a list of strings"),
+    ],
+)
+def test_what_cannot_work_is_named(tmp_path: Path, base: Json, change: Json, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        parse(tmp_path, {**base, **change})
+
+
+def test_llama3_frequency_factors_must_be_in_order(tmp_path: Path) -> None:
+    scaling = {**LLAMA_3_2_1B["rope_scaling"], "high_freq_factor": 1.0}
+    with pytest.raises(ConfigError, match=r"high_freq_factor 1\.0 must be above low_freq_factor 1\.0"):
+        parse(tmp_path, {**LLAMA_3_2_1B, "rope_scaling": scaling})
+
+
+@pytest.mark.parametrize(("content", "named"), [("{", "not valid JSON"), ("[]", "must hold a JSON object")])
+def test_malformed_file(tmp_path: Path, content: str, named: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=named):
+        read_config(tmp_path)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is this a model directory"):
+        read_config(tmp_path)
