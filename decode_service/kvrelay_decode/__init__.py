@@ -1,0 +1,1 @@
+"""The decode service: a ticket in, tokens out. Imports no torch."""

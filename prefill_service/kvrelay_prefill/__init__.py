@@ -1,0 +1,1 @@
+"""The prefill service: prompt in; KV cache, first token and a ticket to the KV out. Imports no torch."""

@@ -1,0 +1,28 @@
+"""Puts the decode service together: its requests, the sources that it reads, and the socket half of fetches."""
+
+from __future__ import annotations
+
+from kvrelay.v1 import decode_pb2_grpc
+from kvrelay_core.rpc.server import RpcServer
+from kvrelay_decode.requests import DecodeRequests
+from kvrelay_decode.servicer import DecodeServicer
+from kvrelay_worker.fetch_client import FetchClient
+from kvrelay_worker.peers import PeerBook
+from kvrelay_worker.server import Role
+from kvrelay_worker.worker import Worker
+
+
+class DecodeRole(Role):
+    service_names = ("kvrelay.v1.DecodeService",)
+
+    def __init__(self, worker: Worker) -> None:
+        self.peers = PeerBook(worker)
+        self.fetches = FetchClient(worker, self.peers)
+        self.requests = DecodeRequests(worker, self.peers)
+        self.servicer = DecodeServicer(worker, self.requests)
+
+    def add_to(self, server: RpcServer) -> None:
+        decode_pb2_grpc.add_DecodeServiceServicer_to_server(self.servicer, server.server)
+
+    async def close(self) -> None:
+        await self.peers.close()

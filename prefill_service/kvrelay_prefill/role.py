@@ -1,0 +1,31 @@
+"""Puts the prefill service together: its requests, the KV source for readers, and what links the two."""
+
+from __future__ import annotations
+
+from kvrelay.v1 import kv_source_pb2_grpc, prefill_pb2_grpc
+from kvrelay_core.request import AttemptId
+from kvrelay_core.rpc.server import RpcServer
+from kvrelay_prefill.requests import PrefillRequests
+from kvrelay_prefill.servicer import PrefillServicer
+from kvrelay_worker.kv_source import KvSourceServicer
+from kvrelay_worker.server import Role
+from kvrelay_worker.worker import Worker
+
+
+class PrefillRole(Role):
+    service_names = ("kvrelay.v1.PrefillService", "kvrelay.v1.KvSourceService")
+
+    def __init__(self, worker: Worker) -> None:
+        self.kv_source = KvSourceServicer(worker, on_released=self._on_released)
+        self.requests = PrefillRequests(worker, self.kv_source.follows.is_followed)
+        self.servicer = PrefillServicer(worker, self.requests)
+
+    def add_to(self, server: RpcServer) -> None:
+        prefill_pb2_grpc.add_PrefillServiceServicer_to_server(self.servicer, server.server)
+        kv_source_pb2_grpc.add_KvSourceServiceServicer_to_server(self.kv_source, server.server)
+
+    def _on_released(self, attempt: AttemptId) -> None:
+        self.requests.released_by_reader(attempt)
+
+    async def close(self) -> None:
+        """Everything it has is the worker's tasks."""

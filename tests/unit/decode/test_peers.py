@@ -1,0 +1,94 @@
+"""Which sources a reader dials, one handshake per start of a source, and what a lost source leaves behind."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from fake_engine import LAYOUT, FakeEngine
+from msgspec.structs import replace
+from worker_rig import make_ticket, running_worker, wait_until
+
+from kvrelay_core.error_info import info_of
+from kvrelay_core.errors import MismatchError, TicketRejectedError, TransferError, WorkerLostError
+from kvrelay_decode.role import DecodeRole
+from kvrelay_engine import messages
+from kvrelay_prefill.role import PrefillRole
+
+
+@pytest.mark.parametrize("address", ["10.1.2.3:80", "example.org:80", "nonsense", "127.0.0.1:", ":80", ""])
+async def test_without_a_list_only_loopback_is_dialled(address: str) -> None:
+    async with running_worker(DecodeRole) as reader:
+        with pytest.raises(TicketRejectedError):
+            reader.role.peers.check_allowed(address)
+        for allowed in ("127.0.0.1:80", "[::1]:80", "localhost:80", "127.9.9.9:80"):
+            reader.role.peers.check_allowed(allowed)
+
+
+async def test_with_a_list_only_the_listed_are_dialled() -> None:
+    async with running_worker(DecodeRole, peers=("10.0.0.1:80", "prefill")) as reader:
+        for allowed in ("10.0.0.1:80", "prefill:80", "prefill:81"):
+            reader.role.peers.check_allowed(allowed)
+        for refused in ("10.0.0.1:81", "127.0.0.1:80", "10.0.0.2:80"):
+            with pytest.raises(TicketRejectedError):
+                reader.role.peers.check_allowed(refused)
+
+
+async def test_many_tickets_of_one_start_need_one_handshake() -> None:
+    async with running_worker(PrefillRole) as source, running_worker(DecodeRole) as reader:
+        ticket = make_ticket(source.engine, source.address)
+        await asyncio.gather(*(reader.role.peers.connect(ticket) for _ in range(5)))
+        peers = [command.peer for command in reader.engine.sent_of(messages.ConnectPeer)]
+        assert [(peer.peer_id, peer.engine_epoch) for peer in peers] == [(source.address, source.engine.epoch)]
+
+
+async def test_a_ticket_of_an_earlier_start_is_rejected() -> None:
+    async with running_worker(PrefillRole) as source, running_worker(DecodeRole) as reader:
+        ticket = replace(make_ticket(source.engine, source.address), engine_epoch=b"x" * 16)
+        with pytest.raises(TicketRejectedError, match="restarted"):
+            await reader.role.peers.connect(ticket)
+
+
+async def test_a_source_of_another_layout_or_model_is_a_mismatch() -> None:
+    other = FakeEngine(layout=replace(LAYOUT, num_layers=2))
+    async with running_worker(PrefillRole, other) as source, running_worker(DecodeRole) as reader:
+        with pytest.raises(MismatchError, match="num_layers"):
+            await reader.role.peers.connect(make_ticket(source.engine, source.address))
+        assert reader.engine.sent_of(messages.ConnectPeer) == []
+
+
+async def test_an_unreachable_source_is_lost_within_the_deadline() -> None:
+    async with running_worker(DecodeRole, call_timeout_s=0.2) as reader:
+        with pytest.raises(WorkerLostError):
+            await reader.role.peers.connect(make_ticket(reader.engine, "127.0.0.1:1"))
+        await wait_until(lambda: len(reader.role.peers) == 0, "the address is forgotten")
+
+
+async def test_a_source_that_stays_away_is_disconnected() -> None:
+    async with running_worker(PrefillRole) as source, running_worker(DecodeRole) as reader:
+        await reader.role.peers.connect(make_ticket(source.engine, source.address))
+        await source.server.stop()
+        assert (await reader.engine.expect(messages.DisconnectPeer)).peer_id == source.address
+        await wait_until(lambda: len(reader.role.peers) == 0, "the peer is forgotten")
+
+
+async def test_a_source_restarted_at_its_address_replaces_the_old_one() -> None:
+    async with running_worker(DecodeRole, follow_grace_s=5.0) as reader:
+        async with running_worker(PrefillRole) as source:
+            await reader.role.peers.connect(make_ticket(source.engine, source.address))
+            port = int(source.address.rpartition(":")[2])
+        assert reader.engine.sent_of(messages.DisconnectPeer) == []  # the grace still runs
+        async with running_worker(PrefillRole, FakeEngine(epoch=b"2" * 16), port=port) as source:
+            await reader.role.peers.connect(make_ticket(source.engine, source.address))
+            assert (await reader.engine.expect(messages.DisconnectPeer)).peer_id == source.address
+            epochs = [command.peer.engine_epoch for command in reader.engine.sent_of(messages.ConnectPeer)]
+            assert epochs == [b"e" * 16, b"2" * 16]
+
+
+async def test_a_link_that_the_engine_gave_up_begins_anew_with_the_next_ticket() -> None:
+    async with running_worker(PrefillRole) as source, running_worker(DecodeRole) as reader:
+        ticket = make_ticket(source.engine, source.address)
+        await reader.role.peers.connect(ticket)
+        reader.engine.dispatch(messages.PeerFailed(source.address, info_of(TransferError("quarantine is full"))))
+        await reader.role.peers.connect(ticket)
+        assert len(reader.engine.sent_of(messages.ConnectPeer)) == 2

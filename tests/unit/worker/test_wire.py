@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import pytest
+from fake_engine import LAYOUT
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvrelay.v1 import common_pb2 as pb
+from kvrelay.v1 import kv_source_pb2
+from kvrelay_core.error_info import info_of
+from kvrelay_core.errors import InvalidRequestError, PoolExhaustedError
+from kvrelay_core.request import AttemptId
+from kvrelay_engine.messages import Load, ReleaseReason
+from kvrelay_transfer.ticket import GroupBlocks, KvTicket, LeaseTerms, TicketSigner
+from kvrelay_worker import wire
+
+WORDS = st.lists(st.tuples(st.integers(1, 2**32 - 1), st.integers(0, 2**64 - 1)), min_size=1, max_size=5)
+
+
+def make_ticket(blocks: list[tuple[int, int]], wall_cap_s: float = 10.0) -> KvTicket:
+    group = GroupBlocks(0, 0, tuple(block for block, _ in blocks), tuple(word for _, word in blocks))
+    return KvTicket(
+        ticket_id="t",
+        source_id="p",
+        source_address="127.0.0.1:1",
+        engine_epoch=b"e" * 16,
+        attempt=AttemptId("router", "request", 2),
+        model_fingerprint=b"m",
+        layout=LAYOUT,
+        groups=(group,),
+        num_tokens=7,
+        unit_hashes=b"h" * 64,
+        lease=LeaseTerms(wall_cap_s=wall_cap_s),
+    )
+
+
+@given(WORDS, st.floats(0, 1e9))
+def test_a_ticket_survives_the_wire_with_its_signature(blocks: list[tuple[int, int]], wall_cap_s: float) -> None:
+    signer = TicketSigner(b"key", b"e" * 16)
+    ticket = signer.sign(make_ticket(blocks, wall_cap_s))
+    copy = wire.ticket_from_wire(pb.KvTicket.FromString(wire.ticket_to_wire(ticket).SerializeToString()))
+    assert copy == ticket
+    signer.verify(copy)
+
+
+BREAKAGES: dict[str, Callable[[pb.KvTicket], object]] = {
+    "empty": lambda ticket: ticket.Clear(),
+    "no id": lambda ticket: ticket.ClearField("ticket_id"),
+    "no source": lambda ticket: ticket.ClearField("source"),
+    "short epoch": lambda ticket: setattr(ticket, "engine_epoch", b"short"),
+    "no attempt": lambda ticket: ticket.ClearField("attempt"),
+    "no layout": lambda ticket: ticket.ClearField("layout"),
+    "unknown dtype": lambda ticket: setattr(ticket.layout, "dtype", "int3"),
+    "no groups": lambda ticket: ticket.ClearField("groups"),
+    "a word too few": lambda ticket: ticket.groups[0].words.pop(),
+    "torn hashes": lambda ticket: setattr(ticket, "block_hashes", b"x" * 33),
+    "endless lease": lambda ticket: setattr(ticket.lease, "beat_s", float("inf")),
+    "lease of no number": lambda ticket: setattr(ticket.lease, "wall_cap_s", float("nan")),
+}
+
+
+@pytest.mark.parametrize("name", BREAKAGES)
+def test_a_malformed_ticket_is_an_invalid_request(name: str) -> None:
+    message = wire.ticket_to_wire(make_ticket([(1, 2)]))
+    BREAKAGES[name](message)
+    with pytest.raises(InvalidRequestError):
+        wire.ticket_from_wire(message)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_that_parse_are_a_ticket_or_an_invalid_request(data: bytes) -> None:
+    message = pb.KvTicket()
+    try:
+        message.ParseFromString(data)
+    except Exception:
+        return  # what gRPC refuses before it comes to us
+    with contextlib.suppress(InvalidRequestError):
+        wire.ticket_from_wire(message)
+
+
+def test_a_peer_is_named_by_the_address_that_was_dialled() -> None:
+    response = kv_source_pb2.ConnectResponse(
+        source=pb.WorkerRef(worker_id="p", address="elsewhere:1"),
+        engine_epoch=b"e" * 16,
+        model_fingerprint=b"m",
+        offers=[kv_source_pb2.ConnectorOffer(name="shm", endpoint=b"x")],
+        layouts=[wire.layout_to_wire(LAYOUT)],
+    )
+    peer = wire.peer_from_wire("127.0.0.1:1", response)
+    assert (peer.peer_id, peer.layout, peer.offers[0].name) == ("127.0.0.1:1", LAYOUT, "shm")
+    response.layouts.add()
+    with pytest.raises(InvalidRequestError, match="2 KV groups"):
+        wire.peer_from_wire("127.0.0.1:1", response)
+
+
+def test_release_reasons_and_errors_round_trip() -> None:
+    for reason in ReleaseReason:
+        assert wire.release_reason_from_wire(wire.release_reason_to_wire(reason)) is reason
+    assert wire.release_reason_from_wire(99) is ReleaseReason.FAILED
+    info = info_of(PoolExhaustedError("no room", needed=3))
+    assert wire.error_info_from_wire(wire.error_info_to_wire(info)) == info
+
+
+def test_every_count_of_the_load_reaches_the_wire() -> None:
+    counts = {name: number for number, name in enumerate(Load.__struct_fields__, start=1)}
+    message = wire.load_to_wire(Load(**counts), streams=50, tasks=60, draining=True)
+    assert {name: getattr(message, name) for name in counts} == counts
+    assert (message.streams, message.tasks, message.draining) == (50, 60, True)

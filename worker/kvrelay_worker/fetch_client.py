@@ -1,0 +1,135 @@
+"""The reader's half of the grpc connector: brings blocks of a peer over the socket into staging slots.
+
+On the engine's Fetch it calls KvSourceService.Fetch at the peer, piece by piece, two pieces in flight; the engine
+copies each piece out of its slot, compares the words and answers SlotFree. Knows nothing of leases.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from kvrelay.v1 import kv_source_pb2 as pb
+from kvrelay_core.error_info import info_of
+from kvrelay_core.errors import KvRelayError, RequestCancelledError, TransferError, WorkerLostError
+from kvrelay_engine.messages import Fetch, FetchAbort, FetchedPiece, FetchEnded, SlotFree
+from kvrelay_worker.peer_errors import RETRY_PAUSE_S, peer_errors
+from kvrelay_worker.peers import PeerBook
+from kvrelay_worker.staging import Staging
+from kvrelay_worker.wire import ticket_to_wire
+from kvrelay_worker.worker import Worker
+
+PIECES_IN_FLIGHT = 2
+
+
+class FetchClient:
+    def __init__(self, worker: Worker, peers: PeerBook) -> None:
+        self._worker = worker
+        self._peers = peers
+        self._reads: dict[int, asyncio.Task[None]] = {}
+        worker.engine.on(Fetch, self._on_fetch)
+        worker.engine.on(FetchAbort, self._on_abort)
+        worker.engine.on(SlotFree, lambda event: self._staging.imports.release(event.slot))
+
+    @property
+    def _staging(self) -> Staging:
+        return self._worker.slots
+
+    def _on_fetch(self, fetch: Fetch) -> None:
+        task = self._worker.request_tasks.spawn(self._run(fetch), f"fetch {fetch.read}")
+        self._reads[fetch.read] = task
+        task.add_done_callback(lambda _: self._end(fetch.read))
+
+    def _on_abort(self, abort: FetchAbort) -> None:
+        task = self._reads.get(abort.read)
+        if task is not None:
+            task.cancel()
+
+    def _end(self, read: int) -> None:
+        del self._reads[read]
+
+    async def _run(self, fetch: Fetch) -> None:
+        error: KvRelayError | None = None
+        try:
+            await self._fetch_all(fetch)
+        except asyncio.CancelledError:
+            error = RequestCancelledError("the read was aborted")
+            raise
+        except KvRelayError as failed:
+            error = failed
+        finally:
+            # Every piece's slot is the engine's or free again by now.
+            self._worker.engine.notify(FetchEnded(fetch.read, None if error is None else info_of(error)))
+
+    async def _fetch_all(self, fetch: Fetch) -> None:
+        permits = asyncio.Semaphore(PIECES_IN_FLIGHT)
+        step = self._staging.blocks_per_slot
+
+        async def run_piece(first: int) -> None:
+            async with permits:
+                await self._fetch_piece(fetch, first, fetch.blocks[first : first + step])
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for first in range(0, len(fetch.blocks), step):
+                    group.create_task(run_piece(first))
+        except* KvRelayError as failed:
+            raise _first_leaf(failed.exceptions) from failed
+
+    async def _fetch_piece(self, fetch: Fetch, first: int, blocks: Sequence[int]) -> None:
+        timeout_s = self._worker.config.fetch_timeout_s
+        slot: int | None = None
+        try:
+            async with asyncio.timeout(timeout_s):
+                slot = await self._staging.imports.acquire()
+                words = await self._receive_patiently(fetch, blocks, slot)
+                self._worker.engine.send(FetchedPiece(fetch.read, first, slot, words))
+                slot = None  # the engine's, until SlotFree
+        except TimeoutError as error:
+            raise TransferError(f"{fetch.peer_id} sent no complete piece within {timeout_s:g} s") from error
+        finally:
+            if slot is not None:
+                self._staging.imports.release(slot)
+
+    async def _receive_patiently(self, fetch: Fetch, blocks: Sequence[int], slot: int) -> tuple[int, ...]:
+        """A lost transport may come back within the grace; the piece begins anew then."""
+        give_up_at_s: float | None = None
+        while True:
+            try:
+                with peer_errors(fetch.peer_id):
+                    return await self._receive(fetch, blocks, slot)
+            except WorkerLostError:
+                now_s = asyncio.get_running_loop().time()
+                give_up_at_s = give_up_at_s or now_s + self._worker.config.follow_grace_s
+                if now_s >= give_up_at_s:
+                    raise
+                await asyncio.sleep(RETRY_PAUSE_S)
+
+    async def _receive(self, fetch: Fetch, blocks: Sequence[int], slot: int) -> tuple[int, ...]:
+        """Fills the slot; returns the words. TransferError when the peer sends more or less than asked for."""
+        stub = self._peers.stub(fetch.peer_id)
+        expected_bytes = len(blocks) * self._staging.block_bytes
+        received_bytes = 0
+        request = pb.FetchRequest(ticket=ticket_to_wire(fetch.ticket), group=fetch.group, blocks=blocks)
+        self._worker.streams.enter()
+        call = stub.Fetch(request, wait_for_ready=True)
+        try:
+            async for response in call:
+                if received_bytes + len(response.data) > expected_bytes:
+                    raise TransferError(f"{fetch.peer_id} sent more than the {expected_bytes} bytes asked for")
+                self._staging.write(slot, received_bytes, response.data)
+                received_bytes += len(response.data)
+                if response.last:
+                    if received_bytes != expected_bytes or len(response.words) != len(blocks):
+                        raise TransferError(f"{fetch.peer_id} sent {received_bytes} of {expected_bytes} bytes")
+                    return tuple(response.words)
+        finally:
+            call.cancel()
+            self._worker.streams.leave()
+        raise WorkerLostError(f"{fetch.peer_id} ended the read early")
+
+
+def _first_leaf(errors: Sequence[BaseException]) -> BaseException:
+    """The first cause within nested exception groups."""
+    first = errors[0]
+    return _first_leaf(first.exceptions) if isinstance(first, BaseExceptionGroup) else first

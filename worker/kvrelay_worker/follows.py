@@ -1,0 +1,133 @@
+"""The source's Follow streams: between a reader's stream and the engine, which holds the pins (PROTOCOL B2, B3).
+
+Every stream that attached tells the engine exactly once how it ended: released, or lost.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from kvrelay.v1 import kv_source_pb2 as pb
+from kvrelay_core.errors import KvRelayError
+from kvrelay_core.request import AttemptId
+from kvrelay_core.rpc.status import error_to_detail
+from kvrelay_core.rpc.wire import first_token_to_wire
+from kvrelay_engine import messages
+from kvrelay_transfer.ticket import KvTicket
+from kvrelay_worker.engine_link import EngineLink
+from kvrelay_worker.outbox import Outbox
+from kvrelay_worker.wire import error_info_to_wire, group_blocks_to_wire, lease_to_wire
+
+# A reader that does not read its Follow is as good as lost; Ready is cumulative and rare.
+FOLLOW_OUTBOX_LIMIT = 1024
+
+
+class FollowStream:
+    def __init__(self, number: int, ticket: KvTicket, book: FollowBook) -> None:
+        self.number = number
+        self.ticket = ticket
+        self.attached = False  # set once the engine has verified the ticket
+        self.outbox: Outbox[pb.FollowResponse] = Outbox(FOLLOW_OUTBOX_LIMIT, on_overflow=self.lose)
+        self._book = book
+
+    def beat(self) -> None:
+        self._book.tell(self, messages.FollowBeat(self.number))
+
+    def release(self, reason: messages.ReleaseReason) -> None:
+        """The reader left on purpose."""
+        self._book.leave(self, messages.FollowRelease(self.number, reason))
+        self.outbox.close()
+
+    def lose(self) -> None:
+        """The transport ended. Without effect after a release or a failure."""
+        self._book.leave(self, messages.FollowLost(self.number))
+        self.outbox.close()
+
+
+class FollowBook:
+    def __init__(self, engine: EngineLink, on_released: Callable[[AttemptId], None] | None = None) -> None:
+        """`on_released` is told of attempts whose ticket no reader will come back for."""
+        self._engine = engine
+        self._on_released = on_released
+        self._numbers = itertools.count(1)
+        self._streams: dict[int, FollowStream] = {}
+        self._followed: Counter[AttemptId] = Counter()
+        engine.on(messages.FollowAttached, self._on_attached)
+        engine.on(messages.FollowReady, self._on_ready)
+        engine.on(messages.FollowComplete, self._on_complete)
+        engine.on(messages.FollowFailed, lambda event: self._end(event.follow, error_info_to_wire(event.error)))
+        engine.on_loss(self._on_loss)
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def is_followed(self, attempt: AttemptId) -> bool:
+        return self._followed[attempt] > 0
+
+    def open(self, ticket: KvTicket) -> FollowStream:
+        stream = FollowStream(next(self._numbers), ticket, self)
+        self._engine.send(messages.FollowAttach(stream.number, ticket))
+        self._streams[stream.number] = stream
+        return stream
+
+    def tell(self, stream: FollowStream, command: messages.EngineCommand) -> None:
+        if stream.number in self._streams:
+            self._engine.notify(command)
+
+    def leave(self, stream: FollowStream, command: messages.FollowRelease | messages.FollowLost) -> None:
+        """Ends the stream on the reader's side; the first ending counts."""
+        self.tell(stream, command)
+        if self._forget(stream.number) is None or not stream.attached or self._on_released is None:
+            return
+        if isinstance(command, messages.FollowRelease) and command.reason is not messages.ReleaseReason.REFUSED:
+            self._on_released(stream.ticket.attempt)
+
+    # --------------------------------------------------------------------------------- the engine's events
+
+    def _on_attached(self, event: messages.FollowAttached) -> None:
+        stream = self._streams.get(event.follow)
+        if stream is None:
+            return
+        stream.attached = True
+        self._followed[stream.ticket.attempt] += 1
+        epoch = self._engine.started.engine_epoch
+        self._put(event.follow, attached=pb.FollowAttached(engine_epoch=epoch, lease=lease_to_wire(event.lease)))
+
+    def _on_ready(self, event: messages.FollowReady) -> None:
+        groups = [pb.GroupReady(group=group, num_blocks=count) for group, count in enumerate(event.num_blocks)]
+        self._put(event.follow, ready=pb.FollowReady(groups=groups))
+
+    def _on_complete(self, event: messages.FollowComplete) -> None:
+        complete = pb.FollowComplete(
+            first_tokens=map(first_token_to_wire, event.first_tokens),
+            partial=map(group_blocks_to_wire, event.partial),
+        )
+        self._put(event.follow, complete=complete)
+
+    def _on_loss(self, error: KvRelayError) -> None:
+        for number in list(self._streams):
+            self._end(number, error_to_detail(error))
+
+    def _put(self, number: int, **message: Any) -> None:
+        stream = self._streams.get(number)
+        if stream is not None:
+            stream.outbox.put(pb.FollowResponse(**message))
+
+    def _end(self, number: int, detail: Any) -> None:
+        """The engine ended it: the reader is told why, the engine need not be told."""
+        self._put(number, failed=detail)
+        stream = self._forget(number)
+        if stream is not None:
+            stream.outbox.close()
+
+    def _forget(self, number: int) -> FollowStream | None:
+        stream = self._streams.pop(number, None)
+        if stream is not None and stream.attached:
+            attempt = stream.ticket.attempt
+            self._followed[attempt] -= 1
+            if not self._followed[attempt]:
+                del self._followed[attempt]
+        return stream

@@ -1,0 +1,142 @@
+"""KvSourceService: lets other workers read this worker's KV.
+
+It owns the streams; the engine verifies tickets, holds pins and copies blocks. Knows nothing of prefill.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+from kvrelay.v1 import common_pb2, kv_source_pb2_grpc
+from kvrelay.v1 import kv_source_pb2 as pb
+from kvrelay_core.error_info import error_of
+from kvrelay_core.errors import DeadlineError, InvalidRequestError
+from kvrelay_core.request import AttemptId
+from kvrelay_engine.messages import Released, ReleaseReason, ReleaseTicket
+from kvrelay_transfer.ticket import KvTicket
+from kvrelay_worker.engine_link import PendingCalls
+from kvrelay_worker.exports import Exports
+from kvrelay_worker.follows import FollowBook, FollowStream
+from kvrelay_worker.stream_end import Context, at_stream_end, until_stream_end
+from kvrelay_worker.wire import (
+    layout_from_wire,
+    layout_to_wire,
+    offer_to_wire,
+    release_reason_from_wire,
+    ticket_from_wire,
+)
+from kvrelay_worker.worker import Worker
+
+CHUNK_BYTES = 2 * 2**20
+
+
+class KvSourceServicer(kv_source_pb2_grpc.KvSourceServiceServicer):
+    def __init__(self, worker: Worker, on_released: Callable[[AttemptId], None] | None = None) -> None:
+        self._worker = worker
+        self._exports = Exports(worker)
+        self._on_released = on_released
+        self.follows = FollowBook(worker.engine, on_released)
+        self._releases: PendingCalls[Released] = PendingCalls(worker.engine)
+        worker.engine.on(Released, lambda released: self._releases.answer(released.call, released))
+
+    async def Connect(self, request: pb.ConnectRequest, context: Context) -> pb.ConnectResponse:
+        """Raises MismatchError when the reader's pool cannot take our blocks."""
+        started = self._worker.engine.started
+        for layout in request.layouts:
+            layout_from_wire(layout).check_compatible(started.layout)
+        return pb.ConnectResponse(
+            source=common_pb2.WorkerRef(worker_id=self._worker.config.worker_id, address=self._worker.address),
+            engine_epoch=started.engine_epoch,
+            model_fingerprint=started.model_fingerprint,
+            offers=map(offer_to_wire, started.offers),
+            layouts=[layout_to_wire(started.layout)],
+        )
+
+    async def Follow(
+        self, request_iterator: AsyncIterator[pb.FollowRequest], context: Context
+    ) -> AsyncIterator[pb.FollowResponse]:
+        """A stream that ends without `release` counts as lost."""
+        _ = self._worker.engine.started
+        ticket = ticket_from_wire((await self._first(request_iterator)).ticket)
+        stream = self.follows.open(ticket)
+        self._worker.streams.enter()
+        reader = self._worker.request_tasks.spawn(_read_follow(stream, request_iterator), "follow reader")
+
+        def end() -> None:
+            stream.lose()
+            reader.cancel()
+            self._worker.streams.leave()
+
+        at_stream_end(context, end)
+        async for response in stream.outbox:
+            yield response
+
+    async def _first(self, requests: AsyncIterator[pb.FollowRequest]) -> pb.FollowOpen:
+        try:
+            async with asyncio.timeout(self._worker.config.call_timeout_s):
+                first = await anext(requests, None)
+        except TimeoutError as error:
+            raise DeadlineError("no `open` came on the Follow stream") from error
+        if first is None or first.WhichOneof("message") != "open":
+            raise InvalidRequestError("the first message of a Follow stream must be `open`")
+        return first.open
+
+    async def Fetch(self, request: pb.FetchRequest, context: Context) -> AsyncIterator[pb.FetchResponse]:
+        ticket = ticket_from_wire(request.ticket)
+        blocks = tuple(request.blocks)
+        if not blocks:
+            raise InvalidRequestError("Fetch names no blocks")
+        slots = self._worker.slots.exports
+        held: set[int] = set()  # slots of ours that no engine works on
+        self._worker.streams.enter()
+
+        def end() -> None:
+            for slot in held:
+                slots.release(slot)
+            self._worker.streams.leave()
+
+        at_stream_end(context, end)
+        async for response in self._stream_blocks(ticket, request.group, blocks, held):
+            yield response
+
+    async def _stream_blocks(
+        self, ticket: KvTicket, group: int, blocks: tuple[int, ...], held: set[int]
+    ) -> AsyncIterator[pb.FetchResponse]:
+        staging = self._worker.slots
+        words: list[int] = []
+        for first in range(0, len(blocks), staging.blocks_per_slot):
+            part = blocks[first : first + staging.blocks_per_slot]
+            piece = await self._exports.export(ticket, group, part)
+            held.add(piece.slot)
+            words += piece.words
+            size_bytes = len(part) * staging.block_bytes
+            for offset in range(0, size_bytes, CHUNK_BYTES):
+                yield pb.FetchResponse(data=staging.read(piece.slot, offset, min(CHUNK_BYTES, size_bytes - offset)))
+            held.remove(piece.slot)
+            staging.exports.release(piece.slot)
+        yield pb.FetchResponse(words=words, last=True)
+
+    async def Release(self, request: pb.ReleaseRequest, context: Context) -> pb.ReleaseResponse:
+        ticket = ticket_from_wire(request.ticket)
+        timeout_s = self._worker.config.call_timeout_s
+        released = await self._releases.ask(lambda call: ReleaseTicket(call, ticket), timeout_s)
+        if released.error is not None:
+            raise error_of(released.error)
+        if self._on_released is not None:
+            self._on_released(ticket.attempt)
+        return pb.ReleaseResponse(released=released.released)
+
+
+async def _read_follow(stream: FollowStream, requests: AsyncIterator[pb.FollowRequest]) -> None:
+    async for request in until_stream_end(requests):
+        match request.WhichOneof("message"):
+            case "alive":
+                stream.beat()
+            case "release":
+                stream.release(release_reason_from_wire(request.release.reason) or ReleaseReason.FAILED)
+                return
+            case _:
+                stream.outbox.fail(InvalidRequestError("after `open` only `alive` and `release` may follow"))
+                break
+    stream.lose()
