@@ -1,0 +1,85 @@
+"""Builds a GenerateRequest from keyword arguments. Values are checked by the server; here only their kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+from kvrelay.v1 import common_pb2, inference_pb2
+from kvrelay_core.errors import InvalidRequestError
+
+
+class SamplingOptions(TypedDict, total=False):
+    """What is left out takes the default of the model, see its generation_config.json."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    max_tokens: int
+    min_tokens: int
+    stop: Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    seed: int
+    n: int
+    logprobs: int
+    logit_bias: Mapping[int, float]
+
+
+class GenerateOptions(SamplingOptions, total=False):
+    model: str
+    request_id: str
+    session_id: str
+    cache_salt: str
+    priority: int
+    ttft_ms: float
+    itl_ms: float
+
+
+def build_request(
+    prompt: str | None,
+    token_ids: Sequence[int] | None,
+    messages: Sequence[Mapping[str, str]] | None,
+    options: GenerateOptions,
+) -> inference_pb2.GenerateRequest:
+    """Exactly one of the first three is given. Raises InvalidRequestError."""
+    if sum(given is not None for given in (prompt, token_ids, messages)) != 1:
+        raise InvalidRequestError("give exactly one of prompt, token_ids, messages", field="prompt")
+    envelope: dict[str, Any] = dict(options)
+    unknown = envelope.keys() - GenerateOptions.__annotations__.keys() - SamplingOptions.__annotations__.keys()
+    if unknown:
+        raise InvalidRequestError(f"unknown option {sorted(unknown)[0]!r}", field=sorted(unknown)[0])
+    sampling = {name: envelope.pop(name) for name in SamplingOptions.__annotations__ if name in envelope}
+    slo = {name: envelope.pop(name) for name in ("ttft_ms", "itl_ms") if name in envelope}
+    if isinstance(sampling.get("stop"), str):
+        sampling["stop"] = [sampling["stop"]]
+    try:
+        request = inference_pb2.GenerateRequest(sampling=common_pb2.SamplingParams(**sampling), **envelope)
+        if slo:
+            request.slo.CopyFrom(common_pb2.SloParams(**slo))
+        _set_prompt(request, prompt, token_ids, messages)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidRequestError(f"the request does not fit the wire: {error}") from error
+    return request
+
+
+def _set_prompt(
+    request: inference_pb2.GenerateRequest,
+    prompt: str | None,
+    token_ids: Sequence[int] | None,
+    messages: Sequence[Mapping[str, str]] | None,
+) -> None:
+    if prompt is not None:
+        request.text = prompt
+    elif token_ids is not None:
+        request.token_ids.ids.extend(token_ids)
+        request.token_ids.SetInParent()
+    else:
+        request.messages.SetInParent()
+        for message in messages or ():
+            wire = request.messages.messages.add(role=message["role"])
+            wire.content.add(text=message["content"])

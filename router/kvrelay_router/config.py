@@ -1,0 +1,70 @@
+"""What a router is told at its start. Knows flags and limits; not how they are parsed from a command line."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import Struct
+
+from kvrelay_core.errors import ConfigError
+
+
+class RequestLimits(Struct, frozen=True, kw_only=True):
+    """Bounds of what one request may ask for. Each error message names the bound."""
+
+    max_choices: int = 16
+    max_logprobs: int = 20
+    max_stop_strings: int = 16
+    max_stop_chars: int = 256
+    max_stop_token_ids: int = 64
+    max_logit_bias: int = 1024
+    max_name_chars: int = 256  # request_id, session_id, cache_salt
+    max_concurrent: int = 4096  # requests in progress in this router
+
+
+class RouterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    model: str  # a local folder or a hub id; the router reads its tokenizer and generation defaults
+    prefill: list[str]  # host:port of each prefill worker
+    decode: list[str]
+    host: str = "127.0.0.1"
+    port: int = 0  # 0: the system chooses
+    served_model_name: str | None = None  # None: `model`
+    placement: Literal["least_load", "round_robin"] = "least_load"
+    api_key_file: str | None = None  # one accepted bearer token a line; None: no check
+    drain_s: float = 30.0  # how long running requests may go on after SIGTERM
+    max_replacements: int = 1  # placements of one request after a lost hand-off or decode worker
+    max_unsent_tokens: int = 8192  # tokens that a slow client may be behind before it is cancelled
+    slow_client_s: float = 30.0  # how long one message may wait for the client
+    reattach_s: float = 2.0  # how long a lost decode session may take to come back
+    reflection: bool = True
+    limits: RequestLimits = RequestLimits()
+
+    @property
+    def served_name(self) -> str:
+        return self.served_model_name or self.model
+
+    def validate(self) -> None:
+        """Raises ConfigError that names the field and what to change."""
+        if not self.model:
+            raise ConfigError("model must not be empty", field="model")
+        for name in ("prefill", "decode"):
+            _check_addresses(name, getattr(self, name))
+        if len({*self.prefill, *self.decode}) != len(self.prefill) + len(self.decode):
+            raise ConfigError("a worker address is listed twice; each process has one role", field="prefill")
+        if not 0 <= self.port < 65536:
+            raise ConfigError(f"port must be between 0 and 65535, not {self.port}", field="port")
+        for name in ("drain_s", "max_replacements"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} must not be negative", field=name)
+        for name in ("max_unsent_tokens", "slow_client_s", "reattach_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be above 0", field=name)
+
+
+def _check_addresses(role: str, addresses: list[str]) -> None:
+    if not addresses:
+        raise ConfigError(f"no {role} worker; list at least one HOST:PORT", field=role)
+    for address in addresses:
+        host, colon, port = address.rpartition(":")
+        if not (host and colon and port.isdigit()):
+            raise ConfigError(f"{role} worker {address!r} is not HOST:PORT", field=role)

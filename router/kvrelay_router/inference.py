@@ -1,0 +1,181 @@
+"""InferenceService: the gRPC front door. Turns a call into a checked request and a run, and streams its messages.
+
+The handler of a call is the run's only waiter: when it ends, for whatever reason, the run is abandoned.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from kvrelay.v1 import inference_pb2 as pb
+from kvrelay.v1.inference_pb2_grpc import InferenceServiceServicer
+from kvrelay_core.checkpoint import GenerationDefaults
+from kvrelay_core.clock import Clock
+from kvrelay_core.errors import DeadlineError, DrainingError, KvRelayError, OverloadedError, RequestCancelledError
+from kvrelay_router.choice_output import ChoiceOutput
+from kvrelay_router.config import RouterConfig
+from kvrelay_router.detokenizer import Detokenizer
+from kvrelay_router.fleet import Fleet
+from kvrelay_router.prompt import PromptReader
+from kvrelay_router.request_run import RequestRun, RunIdentity
+from kvrelay_router.response_stream import ResponseStream
+from kvrelay_router.tokenizer import Tokenizer
+from kvrelay_router.validation import CheckedRequest, RequestChecker
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What the router reads of a model."""
+
+    tokenizer: Tokenizer | None
+    defaults: GenerationDefaults
+
+
+class InferenceServicer(InferenceServiceServicer):
+    def __init__(self, config: RouterConfig, checkpoint: Checkpoint, router_id: str, fleet: Fleet, clock: Clock):
+        self._config = config
+        self._checkpoint = checkpoint
+        self._router_id = router_id
+        self._fleet = fleet
+        self._clock = clock
+        self._checker = RequestChecker(config.served_name, checkpoint.defaults, config.limits)
+        self._prompts = PromptReader(checkpoint.tokenizer)
+        self._runs: set[RequestRun] = set()
+        self._num_calls = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._draining = False
+
+    @property
+    def num_calls(self) -> int:
+        """Generate calls that have not ended."""
+        return self._num_calls
+
+    # -------------------------------------------------------------------------------------- calls
+
+    async def Generate(
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        self._enter()
+        try:
+            time_left_s = context.time_remaining()
+            run = await self._prepare(request, time_left_s)
+            with self._running(run, time_left_s):
+                async for response in run.response:
+                    await self._write(run, context, response)
+        finally:
+            self._leave()
+        # Messages go out by `context.write`, which can be given a time limit; nothing is yielded.
+        for response in ():
+            yield response
+
+    async def GetModelInfo(
+        self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.GetModelInfoResponse:
+        self._checker.check_model(request.model)
+        model = self._fleet.registry.model()
+        return pb.GetModelInfoResponse(
+            model=self._config.served_name,
+            max_model_len=model.max_model_len,
+            vocab_size=model.vocab_size,
+            eos_token_ids=self._checkpoint.defaults.eos_token_ids,
+            accepts_text=self._prompts.accepts_text,
+            accepts_messages=self._prompts.accepts_messages,
+            model_fingerprint=model.fingerprint,
+        )
+
+    # -------------------------------------------------------------------------------------- drain
+
+    async def drain(self, timeout_s: float) -> int:
+        """Refuses new requests and waits for the running ones. Returns how many had to be abandoned."""
+        self._draining = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            left = len(self._runs)
+            for run in list(self._runs):
+                run.abandon(DrainingError(f"the router stops, and the request took longer than {timeout_s:g} s"))
+            return left
+        return 0
+
+    # ----------------------------------------------------------------------------------- one call
+
+    def _enter(self) -> None:
+        if self._draining:
+            raise DrainingError("the router is draining; send the request elsewhere")
+        limit = self._config.limits.max_concurrent
+        if self._num_calls >= limit:
+            raise OverloadedError(f"{limit} requests are in progress, the limit of this router; try again later")
+        self._num_calls += 1
+        self._idle.clear()
+
+    def _leave(self) -> None:
+        self._num_calls -= 1
+        if not self._num_calls:
+            self._idle.set()
+
+    async def _prepare(self, request: pb.GenerateRequest, time_left_s: float | None) -> RequestRun:
+        self._checker.check_envelope(request)
+        model = self._fleet.registry.model()
+        prompt = await self._prompts.read(request, model.max_model_len)
+        checked = self._checker.complete(request, prompt, model)
+        request_id = uuid.uuid4().hex
+        response = ResponseStream(
+            request.request_id or request_id, self._config.max_unsent_tokens, lambda error: run.abandon(error)
+        )
+        run = RequestRun(
+            RunIdentity(self._router_id, request_id),
+            checked,
+            self._fleet,
+            self._outputs(checked),
+            response,
+            self._clock,
+            deadline_at_s=None if time_left_s is None else self._clock.now() + time_left_s,
+            max_replacements=self._config.max_replacements,
+        )
+        return run
+
+    def _outputs(self, request: CheckedRequest) -> dict[int, ChoiceOutput]:
+        tokenizer = self._checkpoint.tokenizer
+        return {
+            choice.index: ChoiceOutput(None if tokenizer is None else Detokenizer(tokenizer), request.stop)
+            for choice in request.generation.choices
+        }
+
+    @contextlib.contextmanager
+    def _running(self, run: RequestRun, time_left_s: float | None) -> Iterator[None]:
+        """Starts the run; however this ends, the run is over then."""
+        timer = None
+        if time_left_s is not None:
+            error = DeadlineError(f"the deadline of {time_left_s:.3f} s has passed")
+            timer = asyncio.get_running_loop().call_later(time_left_s, run.abandon, error)
+        self._runs.add(run)
+        try:
+            run.start()
+            yield
+        finally:
+            if timer is not None:
+                timer.cancel()
+            run.abandon(RequestCancelledError("the client has cancelled the request or is gone"))
+            self._runs.discard(run)
+
+    async def _write(
+        self, run: RequestRun, context: grpc.aio.ServicerContext[Any, Any], response: pb.GenerateResponse
+    ) -> None:
+        try:
+            async with asyncio.timeout(self._config.slow_client_s):
+                await context.write(response)
+        except TimeoutError as error:
+            slow: KvRelayError = OverloadedError(
+                f"the client has not read a message for {self._config.slow_client_s:g} s; read faster"
+            )
+            run.abandon(slow)
+            raise slow from error

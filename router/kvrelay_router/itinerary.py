@@ -1,0 +1,375 @@
+"""The state machine of one request over its (prefill, decode) pair. Pure: events in, actions out.
+
+    place -> open prefill -> Accepted{ticket} -> open decode -> HandoffDone -> tokens ... endings -> complete
+                    \\-> Finished{first token}: to the client at once
+
+What goes wrong has a cheaper plan than failing: a refused ticket is offered to another decode worker, a lost
+hand-off is resumed where it was or placed anew with the committed tokens (PROTOCOL C). A request begins as one
+leg with all its choices; once choices have tokens of their own, a new placement takes one leg per choice.
+
+No I/O, no clock, no asyncio; text and clients are not known here.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from kvrelay.v1.common_pb2 import KvTicket
+from kvrelay_core.errors import (
+    HandoffError,
+    InternalError,
+    KvRelayError,
+    MismatchError,
+    OverloadedError,
+    SupersededError,
+    TicketRejectedError,
+    UnavailableError,
+    UnsupportedError,
+)
+from kvrelay_core.request import ChoiceState, FirstToken, Generation
+from kvrelay_router import itinerary_messages as m
+from kvrelay_router.committer import Committer, Ending, Token
+from kvrelay_router.leg import DecodeState, Leg, PrefillState
+
+# A request that was on this many workers when they were lost may be what they died of.
+MAX_DEATHS = 2
+
+# The worker did not take it; the ticket is still good for another one.
+_REFUSALS = (OverloadedError, UnavailableError)
+_WORTH_ANOTHER_PLACE = (UnavailableError, OverloadedError, HandoffError, TicketRejectedError, SupersededError)
+
+
+class Itinerary:
+    """`handle(event)` returns what to do, in order. After Complete or Fail nothing comes any more."""
+
+    def __init__(self, request_id: str, generation: Generation, max_replacements: int = 1) -> None:
+        """`max_replacements`: new placements after a lost hand-off, a lost decode worker or the like."""
+        self._generation = generation
+        self._max_replacements = max_replacements
+        self.committer = Committer(choice.index for choice in generation.choices)
+        self._attempt = 0
+        self._legs: dict[str, Leg] = {}
+        self._actions: list[m.Action] = []
+        self.is_over = False
+        self._first = Leg(request_id, tuple(choice.index for choice in generation.choices))
+
+    @property
+    def num_attempts(self) -> int:
+        return self._attempt
+
+    @property
+    def legs(self) -> tuple[Leg, ...]:
+        return tuple(self._legs.values())
+
+    def start(self) -> list[m.Action]:
+        self._begin_attempt(self._first)
+        self._place(self._first)
+        return self._take_actions()
+
+    def handle(self, event: m.Event) -> list[m.Action]:
+        if self.is_over:
+            return []
+        match event:
+            case m.Abandon(error):
+                self._fail(error)
+            case m.StopChoice(choice):
+                self.committer.stop(choice)
+            case m.LegEvent(leg=key, attempt=attempt):
+                leg = self._legs.get(key)
+                if leg is None or leg.attempt != attempt:
+                    return []
+                self._handle_leg(leg, event)
+        self._settle()
+        return self._take_actions()
+
+    def _handle_leg(self, leg: Leg, event: m.LegEvent) -> None:
+        match event:
+            case m.DecodeTokens(tokens=tokens):
+                self._on_decode_tokens(leg, tokens)
+            case m.DecodeEnding(ending=ending):
+                self._on_decode_ending(leg, ending)
+            case m.Placed(route=route):
+                self._on_placed(leg, route)
+            case m.Unplaced(error=error):
+                self._on_unplaced(leg, error)
+            case m.PrefillAccepted(ticket=ticket):
+                self._on_accepted(leg, ticket)
+            case m.PrefillFinished(tokens=first):
+                self._on_prefill_finished(leg, first)
+            case m.PrefillFailed(error=error):
+                self._on_prefill_gone(leg, error, lost=False)
+            case m.PrefillLost(error=error):
+                self._on_prefill_gone(leg, error, lost=True)
+            case m.HandoffDone():
+                leg.handoff_done()
+            case m.HandoffLost(error=error):
+                self._on_handoff_lost(leg, error)
+            case m.HandedBack(error=error):
+                self._on_handed_back(leg, error)
+            case m.DecodeFailed(error=error):
+                self._on_decode_failed(leg, error)
+            case m.DecodeLost(error=error):
+                self._on_decode_lost(leg, error)
+
+    # ------------------------------------------------------------------------------------- placement
+
+    def _begin_attempt(self, leg: Leg) -> None:
+        self._attempt += 1
+        leg.begin_attempt(self._attempt)
+        self._legs[leg.key] = leg
+        for choice in leg.choices:
+            self.committer.supersede(choice, self._attempt)
+        leg.committed_before = self._num_committed(leg)
+
+    def _place(self, leg: Leg, prefill: str | None = None) -> None:
+        leg.is_placing = True
+        self._do(m.Place(leg.key, leg.attempt, frozenset(leg.refused_by), frozenset(leg.lost_on), prefill))
+
+    def _on_placed(self, leg: Leg, route: m.Route) -> None:
+        if not leg.is_placing:
+            return
+        leg.is_placing = False
+        leg.route = route
+        if leg.ticket is not None:
+            self._open_decode(leg)
+            return
+        leg.wants_handoff = any(
+            self._generation.sampling.max_tokens - self.committer.next_position(choice) > 1 for choice in leg.choices
+        )
+        leg.prefill = PrefillState.OPEN
+        leg.generation = msgspec.structs.replace(self._generation, choices=self._states(leg))
+        self._do(m.OpenPrefill(leg.key, leg.attempt, route.prefill, leg.generation, leg.wants_handoff))
+
+    def _on_unplaced(self, leg: Leg, error: KvRelayError) -> None:
+        if leg.is_placing:
+            self._fail(leg.cause or error)
+
+    def _open_decode(self, leg: Leg) -> None:
+        assert leg.route is not None and leg.generation is not None and leg.ticket is not None
+        leg.decode = DecodeState.OPEN
+        self._do(m.OpenDecode(leg.key, leg.attempt, leg.route.decode, leg.generation, leg.ticket))
+
+    def _place_anew(self, leg: Leg, cause: KvRelayError, *, counts: bool) -> None:
+        """With what is committed so far. `counts`: against the request's number of re-placements."""
+        leg.cause = cause
+        if leg.deaths >= MAX_DEATHS:
+            message = f"{leg.deaths} workers were lost while they served this request; it is not tried again"
+            self._fail(UnavailableError(f"{message} ({cause.message})"))
+        elif counts and leg.replacements >= self._max_replacements:
+            self._fail(cause)
+        else:
+            leg.replacements += counts
+            del self._legs[leg.key]
+            pending = tuple(choice for choice in leg.choices if not self.committer.is_over(choice))
+            for next_leg in self._split(leg, pending):
+                self._begin_attempt(next_leg)
+                self._place(next_leg)
+
+    def _split(self, leg: Leg, pending: tuple[int, ...]) -> list[Leg]:
+        """Several choices travel together only while none of them has tokens: they fork from one prompt."""
+        if len(pending) > 1 and any(map(self.committer.next_position, pending)):
+            return [leg.for_choice(choice) for choice in pending]
+        leg.choices = pending
+        return [leg]
+
+    # --------------------------------------------------------------------------------------- prefill
+
+    def _on_accepted(self, leg: Leg, ticket: KvTicket | None) -> None:
+        if leg.prefill is not PrefillState.OPEN:
+            return
+        leg.prefill = PrefillState.ACCEPTED
+        if not leg.wants_handoff:
+            return
+        if ticket is None:
+            self._fail(InternalError("prefill accepted without a ticket though a hand-off was asked for"))
+            return
+        leg.ticket = ticket
+        self._open_decode(leg)
+
+    def _on_prefill_finished(self, leg: Leg, first_tokens: tuple[FirstToken, ...]) -> None:
+        if leg.prefill not in (PrefillState.OPEN, PrefillState.ACCEPTED):
+            return
+        leg.prefill_finished()
+        for first in first_tokens:
+            if first.choice not in leg.choices:
+                continue
+            self._commit(leg, Token(first.choice, first.position, first.token_id, first.logprobs))
+            if first.finish_reason is not None:
+                stop_id = first.token_id if first.token_id in self._generation.sampling.stop_token_ids else None
+                self._end(leg, Ending(first.choice, first.finish_reason, first.position + 1, stop_id))
+        if leg.ticket is None and not self._is_over(leg):
+            self._fail(InternalError("prefill finished without a ticket, and the request did not end there"))
+
+    def _on_prefill_gone(self, leg: Leg, error: KvRelayError, *, lost: bool) -> None:
+        if leg.prefill in (PrefillState.NONE, PrefillState.CLOSED):
+            return
+        was, leg.prefill = leg.prefill, PrefillState.CLOSED
+        assert leg.route is not None
+        if lost:
+            leg.died_on(leg.route.prefill)
+        if leg.decode is not DecodeState.NONE:
+            # Decode's Follow ends too: it says HandoffLost, unless it has all it needs already.
+            if not lost and not isinstance(error, _WORTH_ANOTHER_PLACE):
+                self._fail(error)
+        elif was is PrefillState.OPEN and isinstance(error, _REFUSALS):
+            leg.refused_by.add(leg.route.prefill)
+            self._place_anew(leg, error, counts=False)
+        elif lost or isinstance(error, _WORTH_ANOTHER_PLACE):
+            self._place_anew(leg, error, counts=True)
+        else:
+            self._fail(error)
+
+    def _close_prefill(self, leg: Leg) -> None:
+        if leg.prefill in (PrefillState.OPEN, PrefillState.ACCEPTED):
+            assert leg.route is not None
+            self._do(m.CancelPrefill(leg.key, leg.attempt, leg.route.prefill))
+        elif leg.prefill is PrefillState.FINISHED:
+            assert leg.route is not None
+            self._do(m.ReleaseTicket(leg.key, leg.attempt, leg.route.prefill))
+        leg.prefill = PrefillState.CLOSED
+
+    # ---------------------------------------------------------------------------------------- decode
+
+    def _on_decode_tokens(self, leg: Leg, tokens: tuple[Token, ...]) -> None:
+        if leg.decode in (DecodeState.OPEN, DecodeState.RUNNING):
+            for token in tokens:
+                self._commit(leg, token)
+
+    def _on_decode_ending(self, leg: Leg, ending: Ending) -> None:
+        if leg.decode not in (DecodeState.OPEN, DecodeState.RUNNING) or ending.choice not in leg.choices:
+            return
+        self._end(leg, ending)
+        leg.decode_ended(ending.choice)
+
+    def _on_handoff_lost(self, leg: Leg, error: KvRelayError) -> None:
+        if leg.decode is not DecodeState.OPEN:
+            return
+        self._close_prefill(leg)
+        if self._may_resume(leg):
+            self._resume(leg)
+            return
+        assert leg.route is not None
+        self._abort_decode(leg, "the hand-off is lost; the request is placed anew")
+        leg.lost_on.update((leg.route.prefill, leg.route.decode))
+        self._place_anew(leg, error, counts=True)
+
+    def _may_resume(self, leg: Leg) -> bool:
+        assert leg.route is not None
+        pending = [choice for choice in leg.choices if not self.committer.is_over(choice)]
+        committed = max(map(self.committer.next_position, pending), default=0)
+        if len(pending) > 1 and committed:
+            return False
+        return len(self._generation.prompt) + committed <= leg.route.decode_alone_tokens
+
+    def _resume(self, leg: Leg) -> None:
+        assert leg.route is not None
+        lost, route = leg.attempt, leg.route
+        leg.choices = tuple(choice for choice in leg.choices if not self.committer.is_over(choice))
+        self._begin_attempt(leg)
+        leg.route = route
+        leg.decode = DecodeState.RUNNING
+        self._do(m.ResumeDecode(leg.key, leg.attempt, route.decode, lost, self._states(leg)))
+
+    def _on_handed_back(self, leg: Leg, error: KvRelayError) -> None:
+        if leg.decode not in (DecodeState.OPEN, DecodeState.RUNNING):
+            return
+        leg.decode = DecodeState.CLOSED
+        self._close_prefill(leg)
+        # Preemption is no fault; but without a new token since the last placement it could go on for ever.
+        self._place_anew(leg, error, counts=self._num_committed(leg) <= leg.committed_before)
+
+    def _on_decode_failed(self, leg: Leg, error: KvRelayError) -> None:
+        if leg.decode not in (DecodeState.OPEN, DecodeState.RUNNING):
+            return
+        assert leg.route is not None
+        was, leg.decode = leg.decode, DecodeState.CLOSED
+        if was is DecodeState.OPEN and isinstance(error, _REFUSALS) and leg.holds_ticket:
+            leg.refused_by.add(leg.route.decode)
+            leg.decode = DecodeState.NONE
+            leg.cause = error
+            self._place(leg, prefill=leg.route.prefill)
+            return
+        self._close_prefill(leg)
+        unfit = isinstance(error, MismatchError) and not isinstance(error, UnsupportedError)
+        if unfit or isinstance(error, _WORTH_ANOTHER_PLACE):
+            leg.lost_on.add(leg.route.decode)
+            self._place_anew(leg, error, counts=True)
+        else:
+            self._fail(error)
+
+    def _on_decode_lost(self, leg: Leg, error: KvRelayError) -> None:
+        if leg.decode not in (DecodeState.OPEN, DecodeState.RUNNING):
+            return
+        assert leg.route is not None
+        leg.decode = DecodeState.CLOSED
+        leg.died_on(leg.route.decode)
+        self._close_prefill(leg)
+        self._place_anew(leg, error, counts=True)
+
+    def _abort_decode(self, leg: Leg, reason: str) -> None:
+        if leg.decode in (DecodeState.OPEN, DecodeState.RUNNING):
+            assert leg.route is not None
+            self._do(m.AbortDecode(leg.key, leg.attempt, leg.route.decode, reason))
+        leg.decode = DecodeState.CLOSED
+
+    # ---------------------------------------------------------------------------------------- tokens
+
+    def _commit(self, leg: Leg, token: Token) -> None:
+        if token.choice not in leg.choices:
+            return
+        new = self.committer.offer(leg.attempt, token)
+        if new:
+            self._do(m.Commit(token.choice, new))
+            self._finish(self.committer.take_ending(token.choice))
+
+    def _end(self, leg: Leg, ending: Ending) -> None:
+        self._finish(self.committer.end(leg.attempt, ending))
+
+    def _finish(self, ending: Ending | None) -> None:
+        if ending is not None:
+            self._do(m.FinishChoice(ending))
+
+    def _is_over(self, leg: Leg) -> bool:
+        return all(map(self.committer.is_over, leg.choices))
+
+    def _num_committed(self, leg: Leg) -> int:
+        return sum(map(self.committer.next_position, leg.choices))
+
+    def _states(self, leg: Leg) -> tuple[ChoiceState, ...]:
+        return tuple(ChoiceState(choice, self.committer.committed(choice)) for choice in leg.choices)
+
+    # ------------------------------------------------------------------------------------------- end
+
+    def _settle(self) -> None:
+        """Closes the legs that have nothing left to do, and the request after the last one."""
+        if self.is_over:
+            return
+        for leg in [leg for leg in self._legs.values() if self._is_over(leg)]:
+            self._close(leg, "every choice has ended")
+        for leg in [leg for leg in self._legs.values() if leg.is_stranded]:
+            # Decode sent all it had before it ended, so what is missing will not come any more.
+            self._close_prefill(leg)
+            self._place_anew(leg, InternalError("the workers ended before all tokens came"), counts=True)
+        if not self._legs and not self.is_over:
+            self.is_over = True
+            self._do(m.Complete())
+
+    def _close(self, leg: Leg, reason: str) -> None:
+        self._abort_decode(leg, reason)
+        self._close_prefill(leg)
+        self._legs.pop(leg.key, None)
+
+    def _fail(self, error: KvRelayError) -> None:
+        if self.is_over:
+            return
+        for leg in list(self._legs.values()):
+            self._close(leg, error.reason)
+        self.is_over = True
+        self._do(m.Fail(error))
+
+    def _do(self, action: m.Action) -> None:
+        self._actions.append(action)
+
+    def _take_actions(self) -> list[m.Action]:
+        actions, self._actions = self._actions, []
+        return actions

@@ -1,0 +1,113 @@
+"""The state of one leg of an itinerary: some choices of a request on one (prefill, decode) pair at a time.
+
+`Itinerary` moves it; here are only the states and the transitions that concern nothing but the leg.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from kvrelay.v1.common_pb2 import KvTicket
+from kvrelay_core.errors import KvRelayError
+from kvrelay_core.request import Generation
+from kvrelay_router.itinerary_messages import Route
+
+
+class PrefillState(Enum):
+    NONE = "not asked"
+    OPEN = "asked"
+    ACCEPTED = "its blocks are reserved"
+    FINISHED = "computed; it holds the ticket for decode"
+    CLOSED = "it holds nothing for this attempt"
+
+
+class DecodeState(Enum):
+    NONE = "not asked"
+    OPEN = "asked; pulling"
+    RUNNING = "has all KV"
+    CLOSED = "it holds nothing for this attempt"
+
+
+@dataclass(slots=True)
+class Leg:
+    key: str  # the request id that its workers see
+    choices: tuple[int, ...]
+    attempt: int = 0
+    is_placing: bool = False
+    route: Route | None = None
+    prefill: PrefillState = PrefillState.NONE
+    decode: DecodeState = DecodeState.NONE
+    wants_handoff: bool = False
+    generation: Generation | None = None  # as both workers get it
+    ticket: KvTicket | None = None
+    ended_at_decode: set[int] = field(default_factory=set)
+    # Over all attempts:
+    replacements: int = 0
+    deaths: int = 0
+    refused_by: set[str] = field(default_factory=set)
+    lost_on: set[str] = field(default_factory=set)
+    cause: KvRelayError | None = None  # why it is placed again
+    committed_before: int = 0  # tokens when the attempt began
+
+    @property
+    def is_prefilling(self) -> bool:
+        return self.prefill in (PrefillState.OPEN, PrefillState.ACCEPTED)
+
+    @property
+    def holds_ticket(self) -> bool:
+        return self.ticket is not None and self.prefill in (PrefillState.ACCEPTED, PrefillState.FINISHED)
+
+    @property
+    def is_stranded(self) -> bool:
+        """No worker works for it, and none is being sought."""
+        decode_works = self.decode in (DecodeState.OPEN, DecodeState.RUNNING)
+        return not (self.is_placing or self.is_prefilling or decode_works)
+
+    def begin_attempt(self, attempt: int) -> None:
+        assert attempt > self.attempt
+        self.attempt = attempt
+        self.is_placing = False
+        self.route = None
+        self.prefill = PrefillState.NONE
+        self.decode = DecodeState.NONE
+        self.wants_handoff = False
+        self.generation = None
+        self.ticket = None
+        self.ended_at_decode = set()
+
+    def prefill_finished(self) -> None:
+        waits_for_decode = self.ticket is not None and self.decode in (DecodeState.NONE, DecodeState.OPEN)
+        self.prefill = PrefillState.FINISHED if waits_for_decode else PrefillState.CLOSED
+
+    def handoff_done(self) -> None:
+        if self.decode is not DecodeState.OPEN:
+            return
+        self.decode = DecodeState.RUNNING
+        if self.prefill is PrefillState.FINISHED:
+            self.prefill = PrefillState.CLOSED
+
+    def decode_ended(self, choice: int) -> None:
+        """Notes the end of a choice at decode, which is through with the leg after the last one."""
+        self.ended_at_decode.add(choice)
+        if self.ended_at_decode >= set(self.choices):
+            self.decode = DecodeState.CLOSED
+
+    def died_on(self, worker: str) -> None:
+        """A worker that the leg needed was lost."""
+        self.deaths += 1
+        self.lost_on.add(worker)
+
+    def for_choice(self, choice: int) -> Leg:
+        """A leg of its own for one choice, with the history of this one. Its key differs, so that the choices do
+        not supersede each other on a worker."""
+        return Leg(
+            key=f"{self.key}.{choice}",
+            choices=(choice,),
+            attempt=self.attempt,
+            replacements=self.replacements,
+            deaths=self.deaths,
+            refused_by=set(self.refused_by),
+            lost_on=set(self.lost_on),
+            cause=self.cause,
+        )

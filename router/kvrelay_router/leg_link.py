@@ -1,0 +1,209 @@
+"""One leg's connection to its two workers: session handles out, worker messages in as events of the current attempt.
+
+Also holds what the leg is charged with in the account of loads. Decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from kvrelay.v1 import common_pb2, decode_pb2, prefill_pb2
+from kvrelay_core.errors import DrainingError, KvRelayError, WorkerLostError
+from kvrelay_core.request import FinishReason
+from kvrelay_core.rpc import wire
+from kvrelay_core.rpc.status import error_from_detail
+from kvrelay_router import itinerary_messages as m
+from kvrelay_router.committer import Ending, Token
+from kvrelay_router.decode_session import DecodeSession
+from kvrelay_router.fleet import Fleet
+from kvrelay_router.placement import RequestView
+from kvrelay_router.prefill_session import PrefillSession
+
+if TYPE_CHECKING:
+    from kvrelay_router.request_run import RequestRun
+
+
+class PrefillLink:
+    """One open request at a prefill worker."""
+
+    def __init__(
+        self, run: RequestRun, session: PrefillSession, leg: str, attempt: int, on_finished: Callable[[], None]
+    ) -> None:
+        self._run, self.session, self._leg, self._attempt = run, session, leg, attempt
+        self._on_finished = on_finished
+        self.handle = 0
+
+    def on_prefill(self, event: prefill_pb2.PrefillResponse) -> None:
+        match event.WhichOneof("event"):
+            case "accepted":
+                ticket = event.accepted.ticket if event.accepted.HasField("ticket") else None
+                self._run.feed(m.PrefillAccepted(self._leg, self._attempt, ticket))
+            case "finished":
+                self._on_finished()
+                self._run.note_prefill_finished(event.finished)
+                tokens = tuple(map(wire.first_token_from_wire, event.finished.first_tokens))
+                self._run.feed(m.PrefillFinished(self._leg, self._attempt, tokens))
+            case "failed":
+                error = error_from_detail(event.failed)
+                if isinstance(error, DrainingError):
+                    self.session.note_draining()
+                self._run.feed(m.PrefillFailed(self._leg, self._attempt, error))
+            case _:
+                pass  # queued: an estimate
+
+    def on_prefill_lost(self, error: KvRelayError) -> None:
+        self._run.feed(m.PrefillLost(self._leg, self._attempt, error))
+
+
+class DecodeLink:
+    """One open request at a decode worker; a resume gives it a higher attempt."""
+
+    def __init__(
+        self, run: RequestRun, session: DecodeSession, leg: str, attempt: int, choices: tuple[int, ...]
+    ) -> None:
+        self._run, self.session, self._leg, self.attempt = run, session, leg, attempt
+        self._choices = choices
+        self.handle = 0
+
+    def on_token(self, choice: int, position: int, token_id: int, logprobs: common_pb2.TokenLogprobs | None) -> None:
+        wanted = logprobs is not None and self._run.wants_logprobs
+        entry = wire.logprobs_from_wire(logprobs) if wanted and logprobs is not None else None
+        self._run.feed(m.DecodeTokens(self._leg, self.attempt, (Token(choice, position, token_id, entry),)))
+
+    def on_decode(self, event: decode_pb2.DecodeEvent) -> None:
+        match event.WhichOneof("event"):
+            case "accepted":
+                self._run.note_handoff(event.accepted)
+                self._run.feed(m.HandoffDone(self._leg, self.attempt))
+            case "finished":
+                self._run.feed(m.DecodeEnding(self._leg, self.attempt, _ending(event.finished)))
+            case "handoff_lost":
+                error = error_from_detail(event.handoff_lost.cause)
+                self._run.feed(m.HandoffLost(self._leg, self.attempt, error))
+            case "handed_back":
+                self._run.feed(m.HandedBack(self._leg, self.attempt, error_from_detail(event.handed_back.cause)))
+            case "failed":
+                error = error_from_detail(event.failed)
+                if isinstance(error, DrainingError):
+                    self.session.note_draining()
+                self._run.feed(m.DecodeFailed(self._leg, self.attempt, error))
+            case _:
+                pass  # of a later release
+
+    def on_decode_lost(self, error: KvRelayError) -> None:
+        self._run.feed(m.DecodeLost(self._leg, self.attempt, error))
+
+    def next_positions(self) -> Mapping[int, int]:
+        return {choice: self._run.next_position(choice) for choice in self._choices}
+
+
+class LegLink:
+    def __init__(self, run: RequestRun, fleet: Fleet, leg: str) -> None:
+        self._run, self._fleet, self._leg = run, fleet, leg
+        self._prefill: PrefillLink | None = None
+        self._decode: DecodeLink | None = None
+        self._charges: dict[str, tuple[str, int]] = {}  # role -> (worker, tokens)
+
+    def charge_pair(self, route: m.Route, view: RequestView) -> None:
+        self._charge("prefill", route.prefill, view.num_input_tokens)
+        self.charge_decode(route, view)
+
+    def charge_decode(self, route: m.Route, view: RequestView) -> None:
+        self._charge("decode", route.decode, view.num_total_tokens)
+
+    def _charge(self, role: str, worker: str, num_tokens: int) -> None:
+        self._discharge(role)
+        self._charges[role] = (worker, num_tokens)
+        self._fleet.loads.charge(worker, num_tokens)
+
+    def _discharge(self, role: str) -> None:
+        if (charge := self._charges.pop(role, None)) is not None:
+            self._fleet.loads.discharge(*charge)
+
+    def _prefill_finished(self) -> None:
+        self._discharge("prefill")
+
+    def do(self, action: m.LegAction) -> None:
+        match action:
+            case m.OpenPrefill():
+                self._open_prefill(action)
+            case m.OpenDecode():
+                self._open_decode(action)
+            case m.ResumeDecode():
+                self._resume_decode(action)
+            case m.CancelPrefill() if self._prefill is not None:
+                self._prefill.session.cancel(self._prefill.handle)
+            case m.ReleaseTicket() if self._prefill is not None:
+                self._prefill.session.release(self._prefill.handle)
+            case m.AbortDecode(reason=reason) if self._decode is not None:
+                self._decode.session.abort(self._decode.handle, reason)
+
+    def close(self) -> None:
+        """Forgets the handles, with which the workers are through, and what they were charged."""
+        self._discharge("prefill")
+        self._discharge("decode")
+        self._forget_handles()
+
+    def abandon(self) -> None:
+        """Tells both workers to stop, whatever state they are in; for a run that broke."""
+        if self._prefill is not None:
+            self._prefill.session.cancel(self._prefill.handle)
+        if self._decode is not None:
+            self._decode.session.abort(self._decode.handle, "the router gave the request up")
+        self.close()
+
+    def _forget_handles(self) -> None:
+        if self._prefill is not None:
+            self._prefill.session.forget(self._prefill.handle)
+        if self._decode is not None:
+            self._decode.session.forget(self._decode.handle)
+        self._prefill = self._decode = None
+
+    def _open_prefill(self, action: m.OpenPrefill) -> None:
+        self._forget_handles()  # of an earlier attempt
+        session = self._fleet.registry.prefill[action.worker]
+        link = PrefillLink(self._run, session, action.leg, action.attempt, self._prefill_finished)
+        request = prefill_pb2.PrefillRequest(
+            attempt=wire.attempt_to_wire(self._run.attempt_id(action.leg, action.attempt)),
+            generation=wire.generation_to_wire(self._run.with_time_left(action.generation)),
+            handoff=action.handoff,
+        )
+        try:
+            link.handle = session.open(request, link)
+        except WorkerLostError as error:
+            self._run.feed(m.PrefillFailed(action.leg, action.attempt, error))
+        else:
+            self._prefill = link
+
+    def _open_decode(self, action: m.OpenDecode) -> None:
+        session = self._fleet.registry.decode[action.worker]
+        choices = tuple(choice.index for choice in action.generation.choices)
+        link = DecodeLink(self._run, session, action.leg, action.attempt, choices)
+        start = decode_pb2.DecodeStart(
+            attempt=wire.attempt_to_wire(self._run.attempt_id(action.leg, action.attempt)),
+            generation=wire.generation_to_wire(self._run.with_time_left(action.generation)),
+            ticket=action.ticket,
+        )
+        try:
+            link.handle = session.open(start, link)
+        except WorkerLostError as error:
+            # Nothing was sent, so this is a refusal and not a loss.
+            self._run.feed(m.DecodeFailed(action.leg, action.attempt, error))
+        else:
+            self._decode = link
+
+    def _resume_decode(self, action: m.ResumeDecode) -> None:
+        assert self._decode is not None
+        self._decode.attempt = action.attempt
+        resume = decode_pb2.DecodeResume(
+            attempt=wire.attempt_to_wire(self._run.attempt_id(action.leg, action.attempt)),
+            choices=map(wire.choice_state_to_wire, action.choices),
+        )
+        self._decode.session.resume(self._decode.handle, resume)
+
+
+def _ending(finished: decode_pb2.ChoiceFinished) -> Ending:
+    reason = wire.finish_reason_from_wire(finished.reason) or FinishReason.ERROR
+    stop_id = finished.stop_token_id if finished.HasField("stop_token_id") else None
+    return Ending(finished.choice, reason, finished.num_tokens, stop_id)

@@ -1,0 +1,114 @@
+"""Both clients against a real router over fake workers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoint_tokenizer import write_tokenizer
+from fake_relay import Relay, RelayMaker
+from fake_worker import VOCAB_SIZE, decode_well, prefill_well, token_of
+
+from kvrelay_client import Client, Completion, Delta, Finish, ModelInfo
+from kvrelay_client.requests import build_request
+from kvrelay_client.responses import collect
+from kvrelay_core.errors import InternalError, InvalidRequestError, UnknownModelError, WorkerLostError
+from kvrelay_core.request import FinishReason
+
+TOKENS = [token_of(0, position) for position in range(4)]
+
+
+@pytest.fixture
+async def relay(tmp_path: Path) -> AsyncIterator[Relay]:
+    (tmp_path / "config.json").write_text(json.dumps({}))
+    write_tokenizer(tmp_path, VOCAB_SIZE, adds_begin_of_text=False)
+    maker = RelayMaker(tmp_path)
+    relay = await maker()
+    relay.prefill[0].behaviour = prefill_well
+    relay.decode[0].behaviour = decode_well
+    yield relay
+    await maker.close()
+
+
+async def test_events_of_a_stream(relay: Relay) -> None:
+    async with relay.client.generate("hi", max_tokens=4) as stream:
+        events = [event async for event in stream]
+    deltas = [event for event in events if isinstance(event, Delta)]
+    assert [token for delta in deltas for token in delta.token_ids] == TOKENS
+    assert isinstance(events[-1], Finish) and events[-1].reason is FinishReason.LENGTH
+
+
+async def test_leaving_a_stream_cancels_it(relay: Relay) -> None:
+    relay.decode[0].behaviour = None
+    async with relay.client.generate("hi", max_tokens=4) as stream:
+        await anext(stream)
+        call = await relay.decode[0].next_call()
+    await asyncio.wait_for(call.aborted.wait(), 5)
+
+
+async def test_several_choices(relay: Relay) -> None:
+    answers = await relay.client.complete_all("hi", max_tokens=4, n=2)
+    assert [answer.index for answer in answers] == [0, 1]
+    assert answers[0].token_ids == TOKENS != answers[1].token_ids
+    with pytest.raises(InvalidRequestError, match="complete_all"):
+        await relay.client.complete("hi", n=2)
+
+
+def use_blocking_client(address: str) -> tuple[Completion, list[Any], ModelInfo]:
+    with Client(address) as client:
+        with pytest.raises(UnknownModelError):
+            client.complete("hi", model="other")
+        with pytest.raises(UnknownModelError):
+            client.model_info("other")
+        with client.generate(token_ids=[1, 2], max_tokens=4) as stream:
+            events = list(stream)
+        return client.complete("hi", max_tokens=4, temperature=0), events, client.model_info()
+
+
+async def test_the_blocking_client_does_the_same(relay: Relay) -> None:
+    answer, events, info = await asyncio.to_thread(use_blocking_client, relay.address)
+    assert (answer.token_ids, answer.text, answer.finish_reason) == (TOKENS, "abcd", FinishReason.LENGTH)
+    assert answer.usage.completion_tokens == 4
+    assert isinstance(events[-1], Finish)
+    assert info.accepts_messages
+
+
+async def test_a_router_that_is_not_there_is_typed(relay: Relay) -> None:
+    with Client("127.0.0.1:1") as client:
+        with pytest.raises(WorkerLostError):
+            await asyncio.to_thread(client.complete, "hi")
+
+
+def test_requests_carry_what_was_asked_for() -> None:
+    request = build_request(
+        None, [1, 2], None, {"temperature": 0.0, "stop": "x", "ttft_ms": 5.0, "model": "m", "logit_bias": {3: 1.0}}
+    )
+    assert list(request.token_ids.ids) == [1, 2]
+    assert request.sampling.HasField("temperature") and not request.sampling.HasField("top_p")
+    assert list(request.sampling.stop) == ["x"] and dict(request.sampling.logit_bias) == {3: 1.0}
+    assert (request.slo.ttft_ms, request.model) == (5.0, "m")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((None, None, None, {}), "exactly one"),
+        (("a", [1], None, {}), "exactly one"),
+        (("a", None, None, {"temprature": 1.0}), "unknown option 'temprature'"),
+        ((None, [-1], None, {}), "does not fit"),
+        (("a", None, None, {"max_tokens": -1}), "does not fit"),
+        (("a", None, None, {"seed": "x"}), "does not fit"),
+    ],
+)
+def test_requests_that_cannot_be_sent(arguments: Any, words: str) -> None:
+    with pytest.raises(InvalidRequestError, match=words):
+        build_request(*arguments)
+
+
+def test_a_stream_without_its_end_is_no_answer() -> None:
+    with pytest.raises(InternalError):
+        collect([Delta(0, (1,), "a")])
