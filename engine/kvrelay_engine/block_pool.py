@@ -112,6 +112,13 @@ class BlockPool:
         self._key_of[block] = key
         return True
 
+    def unpublish(self, blocks: Iterable[int]) -> None:
+        """Takes blocks out of the prefix cache whose data nobody should use. Those that are not in it stay so."""
+        for block in blocks:
+            key, self._key_of[block] = self._key_of[block], None
+            if key is not None:
+                del self._block_of[key]
+
     def lookup(self, keys: Sequence[bytes]) -> list[int]:
         """Blocks of the longest cached prefix of `keys`. Pins nothing."""
         found: list[int] = []

@@ -43,13 +43,14 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     block_tokens: int = 64
     hash_unit_tokens: int = 64
     kv_blocks: int | None = None  # blocks of the pool; excludes memory_fraction
-    memory_fraction: float | None = None  # of the memory that the loaded model leaves free
+    memory_fraction: float | None = None  # of the device's memory, that this worker uses in all
     max_model_len: int | None = None  # prompt and output, tokens
 
     max_num_seqs: int = 64  # sequences that run at once
     max_batched_tokens: int | None = None  # tokens computed in one step
     decode_alone_tokens: int = 512  # up to here a decode engine recomputes by itself
     recompute_tokens: int = 8192  # cap of the tokens that wait for such a recompute
+    step_target_s: float = 1.0  # steps are cut so as to take no longer: beats go out between them
     patience_s: float = 30.0  # a request that waited longer goes first, whatever its deadline
 
     max_pinned_share: float = 0.8  # of the pool, by the tickets of this engine
@@ -60,7 +61,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     @property
     def tokens_per_step(self) -> int:
-        """`max_batched_tokens`, or what a device computes in well under a second: beats go out between steps."""
+        """At most: `max_batched_tokens`, or what fills the device. A slow one gets fewer (`step_budget.py`)."""
         if self.max_batched_tokens is not None:
             return self.max_batched_tokens
         return max(self.max_num_seqs, 512 if self.device == "cpu" else 8192)
@@ -112,7 +113,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise ConfigError(f"{name} must be above 0 and at most 1, not {value}", field=name)
-        for name in ("patience_s", "reserve_budget_s", "resume_timeout_s"):
+        for name in ("step_target_s", "patience_s", "reserve_budget_s", "resume_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0 seconds", field=name)
 

@@ -11,7 +11,6 @@ Synchronous and single-threaded; every wait is somebody else's (`loop.py`). Know
 
 from __future__ import annotations
 
-import heapq
 import logging
 from collections.abc import Mapping
 
@@ -32,6 +31,7 @@ from kvrelay_core.request import FinishReason, FirstToken, Usage
 from kvrelay_engine import messages
 from kvrelay_engine.branching import branch
 from kvrelay_engine.config import EngineConfig
+from kvrelay_engine.deadlines import Deadlines
 from kvrelay_engine.engine_load import EngineLoad
 from kvrelay_engine.engine_parts import EngineParts
 from kvrelay_engine.handoff_reader import HandoffArrived, HandoffBroken, HandoffReader, ReaderLimits
@@ -39,7 +39,7 @@ from kvrelay_engine.handoff_source import HandoffSource
 from kvrelay_engine.intake import EngineLimits, Intake
 from kvrelay_engine.prefix_cache import PrefixCache
 from kvrelay_engine.sampler import SampledToken, Sampler
-from kvrelay_engine.sampling_plan import DrawnTokens, plan_draws
+from kvrelay_engine.sampling_plan import Drawn, plan_draws
 from kvrelay_engine.scheduler import Batch, Scheduler
 from kvrelay_engine.sequence import EngineRequest, Sequence, SequenceState
 from kvrelay_engine.step_output import StepOutput
@@ -67,8 +67,9 @@ class Engine:
             parts.clock, parts.emit, staging=parts.staging,
         )  # fmt: skip
         self.scheduler = Scheduler(
-            config, parts.pool, parts.layout, self._cache, self._throughput, parts.clock, self.source.can_accept
-        )
+            config, parts.pool, parts.layout, self._cache, self._throughput, parts.clock, self.source.can_accept,
+            self._give_up_handoff, lambda: self.reader.num_quarantined,
+        )  # fmt: skip
         self.reader = HandoffReader(
             parts.pool, parts.layout, parts.connectors, parts.clock, parts.emit, self.scheduler.reserve_remote,
             model_fingerprint=parts.identity.model_fingerprint,
@@ -85,7 +86,7 @@ class Engine:
         )
         self._intake = Intake(limits, parts.layout, self._cache)
         self._requests: dict[int, EngineRequest] = {}
-        self._deadlines: list[tuple[float, int]] = []  # heap; entries of ended requests are skipped
+        self._deadlines = Deadlines(self._requests)
         self._lost: dict[int, float] = {}  # request -> until when it waits for Resume
         self._num_steps = 0
         self._is_draining = False
@@ -112,10 +113,12 @@ class Engine:
             self._commit(batch, self._run(batch))
         except Exception as error:
             self._fail_batch(batch, error)
+        seconds = self._clock.now() - started_s
+        self.scheduler.record_step(num_tokens, seconds)
         if num_tokens > len(batch.rows):
-            self._throughput.record(num_tokens, self._clock.now() - started_s)
+            self._throughput.record(num_tokens, seconds)
 
-    def _run(self, batch: Batch) -> DrawnTokens:
+    def _run(self, batch: Batch) -> Drawn:
         self._num_steps += 1
         for row in batch.rows:
             row.sequence.last_step = self._num_steps
@@ -126,17 +129,21 @@ class Engine:
         self._pool.complete_step(self._num_steps)
         return drawn
 
-    def _commit(self, batch: Batch, drawn: DrawnTokens) -> None:
+    def _commit(self, batch: Batch, drawn: Drawn) -> None:
         """The step has completed: its blocks are sealed, its tokens count."""
-        for row in batch.rows:
+        broken = {sequence.request for sequence in drawn.broken}
+        for request in broken:
+            self._fail_broken(request)
+        rows = [row for row in batch.rows if row.sequence.request not in broken]
+        for row in rows:
             sequence = row.sequence
             self._cache.seal(sequence, row.num_tokens, row.words)
             if sequence.request.handoff:
                 self.source.sealed(sequence, sequence.num_computed // self._layout.block_tokens)
-        for row in batch.rows:
+        for row in rows:
             if not row.wants_logits:
                 continue
-            request, tokens = row.sequence.request, drawn[row.sequence]
+            request, tokens = row.sequence.request, drawn.tokens[row.sequence]
             if request.is_prefill:
                 self._finish_prefill(request, tokens)
             elif request.pending_choices:
@@ -186,8 +193,7 @@ class Engine:
             self._emit(messages.RequestFailed(command.id, info_of(error)))
             return
         self._requests[request.id] = request
-        if request.deadline_at_s is not None:
-            heapq.heappush(self._deadlines, (request.deadline_at_s, request.id))
+        self._deadlines.add(request)
 
     def _queue(self, request: EngineRequest) -> None:
         self.scheduler.add(request.trunk)
@@ -216,16 +222,12 @@ class Engine:
         except KvRelayError as error:
             self._fail(request, error)
             return
-        self.scheduler.add(request.trunk)
+        if not self.scheduler.add_recompute(request.trunk):
+            self._hand_back(request, "too much of it would have to be computed again here; place the request anew")
 
     def _report_load(self, call: int, check_integrity: bool) -> None:
-        try:
-            if check_integrity:
-                self.load.check_integrity()
-        except AssertionError as error:
-            self._emit(messages.LoadReply(call, self.load.report(self._num_steps), info_of(InternalError(str(error)))))
-            return
-        self._emit(messages.LoadReply(call, self.load.report(self._num_steps)))
+        error = self.load.find_inconsistency() if check_integrity else None
+        self._emit(messages.LoadReply(call, self.load.report(self._num_steps), error))
 
     def beat(self) -> None:
         """Tells the service that the loop is alive, what it holds and how far its hand-offs are."""
@@ -251,10 +253,10 @@ class Engine:
     def _announce(self, batch: Batch) -> None:
         """Before the batch runs: tickets of those whose first chunk is in it; and who has to go."""
         for request in batch.handed_back:
-            self._output.flush()
-            del self._requests[request.id]
-            error = OverloadedError("preempted, and too long to be computed again here; place the request anew")
-            self._emit(messages.HandedBack(request.id, info_of(error)))
+            self._hand_back(request, "preempted, and too long to be computed again here; place the request anew")
+        for request in batch.crowded_out:
+            error = OverloadedError("decoding requests needed the ticket's blocks; offer it to another decode worker")
+            self._fail(request, error)
         now_s = self._clock.now()
         for sequence in batch.admitted:
             request = sequence.request
@@ -263,6 +265,12 @@ class Engine:
                 if request.is_prefill:
                     ticket = self.source.accept(sequence) if request.handoff else None
                     self._emit(messages.Accepted(request.id, ticket, sequence.num_cached))
+
+    def _hand_back(self, request: EngineRequest, reason: str) -> None:
+        """It holds nothing any more."""
+        del self._requests[request.id]
+        self._output.flush()
+        self._emit(messages.HandedBack(request.id, info_of(OverloadedError(reason))))
 
     def _finish_prefill(self, request: EngineRequest, tokens: Mapping[int, SampledToken]) -> None:
         trunk = request.trunk
@@ -273,10 +281,8 @@ class Engine:
         )
         if request.handoff:
             self.source.finished(trunk, first_tokens)
-        assert request.first_scheduled_s is not None, "a prefill finishes after it was scheduled"
         usage = Usage(trunk.num_prompt, trunk.num_cached, len(first_tokens))
-        queue_s = request.first_scheduled_s - request.arrived_s
-        compute_s = self._clock.now() - request.first_scheduled_s
+        queue_s, compute_s = request.time_split(self._clock.now())
         self._forget(request)
         self._emit(messages.PrefillFinished(request.id, first_tokens, usage, queue_s, compute_s))
 
@@ -335,10 +341,13 @@ class Engine:
         self._emit(messages.HandoffDone(request.id, arrived.timing))
         self._branch(request, tokens)
 
+    def _give_up_handoff(self, sequence: Sequence) -> None:
+        self.reader.abort(sequence.request.id, messages.ReleaseReason.REFUSED)
+
     def _lose(self, request: EngineRequest, broken: HandoffBroken) -> None:
         """A refused ticket goes back to the router; of any other loss the router decides (PROTOCOL C3)."""
         self.scheduler.lose_remote(request.trunk)
-        if isinstance(broken.error, OverloadedError):
+        if broken.is_refused:
             self._fail(request, broken.error)
             return
         self._lost[request.id] = self._clock.now() + self._config.resume_timeout_s
@@ -350,12 +359,8 @@ class Engine:
 
     def _expire(self) -> None:
         now_s = self._clock.now()
-        while self._deadlines and self._deadlines[0][0] <= now_s:
-            at_s, request_id = heapq.heappop(self._deadlines)
-            request = self._requests.get(request_id)
-            if request is not None and request.deadline_at_s == at_s:
-                state = request.trunk.state.value
-                self._fail(request, DeadlineError(f"the deadline passed; the request was {state}"))
+        for request in self._deadlines.pop_due(now_s):
+            self._fail(request, DeadlineError(f"the deadline passed; the request was {request.trunk.state.value}"))
         for request_id in [lost for lost, until_s in self._lost.items() if until_s <= now_s]:
             error = HandoffError("the hand-off was lost, and neither Resume nor Abort came in time")
             self._fail(self._requests[request_id], error)
@@ -369,6 +374,12 @@ class Engine:
             if self._requests.get(request.id) is request:
                 self._fail(request, typed)
         self.load.check_integrity()
+
+    def _fail_broken(self, request: EngineRequest) -> None:
+        """Its logits are not numbers. Where its KV is not either, nobody else must find it."""
+        for sequence in request.sequences:
+            self._pool.unpublish(sequence.blocks)
+        self._fail(request, InternalError("the model gave logits that are not numbers; its weights may be damaged"))
 
     def _fail(self, request: EngineRequest, error: KvRelayError) -> None:
         self._end(request, error)

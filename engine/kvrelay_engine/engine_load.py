@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
+from kvrelay_core.error_info import info_of
+from kvrelay_core.errors import InternalError
+from kvrelay_core.request import ErrorInfo
 from kvrelay_engine.block_pool import BlockPool
 from kvrelay_engine.handoff_reader import HandoffReader
 from kvrelay_engine.handoff_source import HandoffSource
@@ -38,6 +41,14 @@ class EngineLoad:
             stale_reads=self._reader.stale_reads,
             expired_leases=self._source.num_expired,
         )
+
+    def find_inconsistency(self) -> ErrorInfo | None:
+        """What `check_integrity` found, as an answer to those who asked."""
+        try:
+            self.check_integrity()
+        except AssertionError as error:
+            return info_of(InternalError(str(error)))
+        return None
 
     def check_integrity(self) -> None:
         """Asserts that every block is in one state and that nobody holds a block that is not accounted for."""

@@ -4,7 +4,7 @@
     Ready     the first one reserves all blocks or none (B6); each one posts reads
     poll      advances reads; data that is here is compared by its words            (A6)
     Complete  the last, partial block and the first tokens                          -> HandoffArrived
-    Failed, a lost link, a stale word, no room                                       -> HandoffBroken
+    Failed, a lost link, a stale word, no room in time                               -> HandoffBroken
 
 Verified blocks are kept when a hand-off breaks. Destinations of reads that are still under way are
 quarantined until the connector says that they ended (A5). Whatever ends the hand-off, the Follow stream is
@@ -64,12 +64,17 @@ class HandoffArrived:
 
 @dataclass(slots=True, frozen=True, eq=False)
 class HandoffBroken:
-    """`sequence.blocks` holds the verified blocks, `num_computed` counts their tokens."""
+    """`sequence.blocks` holds the verified blocks, `num_computed` counts their tokens.
+
+    `is_refused`: there was no room and nothing was reserved, so the ticket is as good as it was for another reader.
+    Whatever else broke it, also an OverloadedError of the source, is a loss.
+    """
 
     request_id: int
     verified_blocks: int
     verified_tokens: int
     error: KvRelayError
+    is_refused: bool = False
 
 
 class ReaderLimits(Struct, frozen=True):
@@ -161,12 +166,12 @@ class HandoffReader:
             case _:
                 raise InternalError(f"the hand-off reader was given a {type(command).__name__}")
 
-    def abort(self, request_id: int) -> None:
-        """Gives up the hand-off and all its blocks. Idempotent."""
+    def abort(self, request_id: int, reason: ReleaseReason = ReleaseReason.CANCELLED) -> None:
+        """Gives up the hand-off and all its blocks. After REFUSED another reader may have the ticket. Idempotent."""
         incoming = self._incoming.pop(request_id, None)
         if incoming is not None:
             self._drop(incoming, kept=0)
-            self._emit(HandoffRelease(request_id, ReleaseReason.CANCELLED))
+            self._emit(HandoffRelease(request_id, reason))
 
     def poll(self) -> list[HandoffArrived | HandoffBroken]:
         """Never blocks. Call once a step, and often while `is_busy`."""
@@ -201,7 +206,7 @@ class HandoffReader:
         except KvRelayError as error:
             return self._break(incoming, error)
 
-    def _advance(self, incoming: Incoming) -> HandoffArrived | None:
+    def _advance(self, incoming: Incoming) -> HandoffArrived | HandoffBroken | None:
         self._collect_reads(incoming)
         if incoming.is_whole:  # verified is verified, whatever became of the source since
             return self._arrive(incoming)
@@ -210,7 +215,7 @@ class HandoffReader:
         if incoming.num_ready == 0:
             return None
         if not incoming.blocks and not self._reserve_all(incoming):
-            return None
+            return self._refuse(incoming) if self._has_waited(incoming, self._limits.reserve_budget_s) else None
         self._post_reads(incoming)
         return self._arrive(incoming) if incoming.is_whole else None
 
@@ -250,8 +255,6 @@ class HandoffReader:
         reserved = self._reserve(incoming.sequence, len(incoming.group.blocks) - len(reused))
         if reserved is None:
             self._pool.release(reused)
-            if self._has_waited(incoming, self._limits.reserve_budget_s):
-                raise OverloadedError("no room for the ticket's KV blocks; offer the ticket to another decode worker")
             return False
         incoming.waiting_since_s = None
         incoming.blocks = reused + reserved
@@ -290,17 +293,20 @@ class HandoffReader:
         self._emit(HandoffRelease(incoming.request_id, ReleaseReason.PULLED))
         return HandoffArrived(incoming.request_id, incoming.first_tokens, timing)
 
-    def _break(self, incoming: Incoming, error: KvRelayError) -> HandoffBroken:
+    def _refuse(self, incoming: Incoming) -> HandoffBroken:
+        error = OverloadedError("no room for the ticket's KV blocks; offer the ticket to another decode worker")
+        return self._break(incoming, error, is_refused=True)
+
+    def _break(self, incoming: Incoming, error: KvRelayError, *, is_refused: bool = False) -> HandoffBroken:
         del self._incoming[incoming.request_id]
         num_blocks = min(incoming.num_verified, incoming.num_full_blocks)
         num_tokens = num_blocks * self._layout.block_tokens
         self._drop(incoming, kept=num_blocks)
         self._give(incoming, num_blocks, num_tokens)
         self.handoff_s += incoming.reading_s
-        is_refused = isinstance(error, OverloadedError) and not incoming.blocks
         reason = ReleaseReason.REFUSED if is_refused else ReleaseReason.FAILED
         self._emit(HandoffRelease(incoming.request_id, reason))
-        return HandoffBroken(incoming.request_id, num_blocks, num_tokens, error)
+        return HandoffBroken(incoming.request_id, num_blocks, num_tokens, error, is_refused)
 
     # ------------------------------------------------------------------------------------------ internal
 
@@ -330,6 +336,7 @@ class HandoffReader:
         self._collect_quarantine()
 
     def _collect_quarantine(self) -> None:
+        self._pool.release(self._quarantine.collect())
         for peer_id in self._quarantine.peers_over_cap():
             self._peers.tear_down(peer_id, TransferError(f"too many reads from {peer_id} were given up unfinished"))
-        self._pool.release(self._quarantine.collect())
+            self._pool.release(self._quarantine.collect())

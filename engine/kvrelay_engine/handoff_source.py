@@ -13,7 +13,7 @@ its signature (D1). Streams are the service's part: here a stream is a number.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -142,9 +142,13 @@ class HandoffSource:
 
     # ---------------------------------------------------------------------- what the engine loop reports
 
-    def can_accept(self, num_blocks: int) -> bool:
-        """Whether so many more blocks fit under the cap of pinned blocks."""
-        return self.num_pinned + num_blocks <= self.max_pinned_blocks
+    def can_accept(self, num_blocks: int, shared: Set[int] = frozenset()) -> bool:
+        """Whether `num_blocks` that nobody holds yet, and the `shared` ones, fit under the cap of pinned blocks.
+
+        Each block counts once: of the shared ones those that are not under a lease already (PROTOCOL B5).
+        """
+        num_more = num_blocks + sum(not self._leases.is_pinned(block) for block in shared)
+        return self.num_pinned + num_more <= self.max_pinned_blocks
 
     def accept(self, sequence: Sequence) -> KvTicket:
         """Issues the ticket of a sequence whose blocks, cached and reserved, cover all its tokens; pins them.

@@ -31,6 +31,7 @@ class LoadedModel:
     dtype: str  # that it computes in
     device: torch.device
     fingerprint: bytes
+    weight_bytes: int  # on the device
 
     def kv_layout(self, block_tokens: int, hash_unit_tokens: int) -> KvLayout:
         """Of a pool that this model can run on."""
@@ -69,7 +70,9 @@ def load_model(model: str, dtype: str, device: str, *, max_model_len: int | None
         weights = architecture.read_weights(reader, config)
         reader.check_complete()
         decoder = architecture.build(config, weights)
-    return LoadedModel(config, decoder, dtype, torch_device, _fingerprint(reader.files, config, dtype))
+        weight_bytes = reader.size_bytes + config.max_model_len * config.head_dim * 4  # and the table of RoPE
+    fingerprint = _fingerprint(reader.files, config, dtype)
+    return LoadedModel(config, decoder, dtype, torch_device, fingerprint, weight_bytes)
 
 
 def _limit_length(config: ModelConfig, max_model_len: int | None) -> ModelConfig:

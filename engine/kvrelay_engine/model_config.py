@@ -47,6 +47,13 @@ class ModelConfig:
         if self.head_dim < 2 or self.head_dim % 2:
             raise ConfigError(f"config.json: head_dim must be even for RoPE, not {self.head_dim}")
 
+    def activation_bytes(self, num_tokens: int, num_logits_rows: int, element_bytes: int) -> int:
+        """What a step of that size needs at most beside weights and KV: an estimate on the safe side."""
+        qkv = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        per_token = 4 * self.hidden_size + 3 * self.intermediate_size + 2 * qkv
+        # Logits, their float32 copy, and the sampler's two.
+        return 2 * num_tokens * per_token * element_bytes + num_logits_rows * self.vocab_size * (element_bytes + 12)
+
     def maths_fingerprint_fields(self) -> bytes:
         """Canonical encoding of everything that changes what is computed from the same weight files."""
         fields = asdict(self)

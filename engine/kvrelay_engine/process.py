@@ -18,9 +18,9 @@ from contextlib import ExitStack
 from kvrelay_core.clock import MonotonicClock
 from kvrelay_core.error_info import info_of
 from kvrelay_core.errors import ConfigError, InternalError, KvRelayError, WorkerLostError
+from kvrelay_core.parent_death import parent_death_tie
 from kvrelay_engine.config import EngineConfig, load_config
 from kvrelay_engine.messages import StartFailed
-from kvrelay_engine.parent_guard import die_with_parent
 from kvrelay_engine.service_link import ServiceLink
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(number, signal.SIG_IGN)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:
-        die_with_parent(parent_pid)
+        parent_death_tie(parent_pid)()
         config = load_config(options.config)
     except (ConfigError, WorkerLostError) as error:
         logger.error("%s", error)

@@ -10,20 +10,23 @@ the ban of min_tokens, temperature, top-k, top-p, min-p, draw.
 - Noise is a function of (seed, choice, position, draw) and the token id alone (`kvrelay_kernels.sampling.noise`),
   so a choice draws the same tokens in any batch and on any worker that computes the same logits.
 
+A row of logits with a NaN in it draws nothing: what computed it went wrong, and any token would hide that.
+
 Keeps no state between calls, and knows nothing of stop conditions: the engine judges the token.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvrelay_core.request import SamplingParams, TokenLogprobs
+from kvrelay_engine.logit_adjustments import PromptTokens, adjustments
 from kvrelay_kernels.sampling import apply_penalties, filter_thresholds, gumbel_argmax, noise_key
 
 # Below it the quotient of logit and temperature leaves nothing to chance, and soon overflows.
@@ -39,7 +42,7 @@ class SamplingRow:
     seed: int
     choice: int
     position: int  # number of generated tokens before this one
-    prompt: Sequence[int]
+    prompt: PromptTokens
     output: Sequence[int]  # generated and committed tokens
     eos_token_ids: Sequence[int] = ()
     draw: int = 0
@@ -51,6 +54,11 @@ class SamplingRow:
     @property
     def is_banning(self) -> bool:
         return self.position < self.params.min_tokens
+
+    @property
+    def banned(self) -> set[int]:
+        """Tokens that cannot be drawn yet."""
+        return {*self.eos_token_ids, *self.params.stop_token_ids} if self.is_banning else set()
 
     @property
     def is_filtered(self) -> bool:
@@ -77,17 +85,24 @@ class SampledToken:
 class Sampler:
     """Draws one token for every row. Rows do not influence each other."""
 
-    def sample(self, logits_RV: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
-        """Returns the tokens in the order of `rows`. Leaves `logits_RV` (float32) as it is."""
+    def sample(self, logits_RV: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken | None]:
+        """Returns the tokens in the order of `rows`, None where the logits are not numbers.
+
+        Leaves `logits_RV` (float32) as it is.
+        """
         if not rows:
             return []
         row_logits_RV = _select_rows(logits_RV, rows)
+        is_broken_R = row_logits_RV.amax(-1).isnan()  # the maximum of a row with a NaN is NaN
+        row_logits_RV = row_logits_RV.masked_fill(is_broken_R.unsqueeze(1), 0.0)
         adjusted_RV = _adjust(row_logits_RV, rows)
         is_all_greedy = all(row.is_greedy for row in rows)
         chosen_R = adjusted_RV.argmax(-1) if is_all_greedy else _draw(adjusted_RV, rows)
         if all(row.params.logprobs is None for row in rows):
-            return [SampledToken(token_id) for token_id in chosen_R.tolist()]
-        return _with_logprobs(row_logits_RV, chosen_R, rows)
+            sampled = [SampledToken(token_id) for token_id in chosen_R.tolist()]
+        else:
+            sampled = _with_logprobs(row_logits_RV, chosen_R, rows)
+        return [None if broken else token for token, broken in zip(sampled, is_broken_R.tolist(), strict=True)]
 
 
 def _select_rows(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
@@ -99,47 +114,23 @@ def _select_rows(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 def _adjust(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Applies logit_bias, penalties and bans to the tokens that they name, in a copy."""
-    entries = [
-        (index, *terms)
+    vocab_size = logits_RV.shape[1]
+    of_rows = {
+        index: adjustments(row.params, row.prompt, row.output, row.banned, vocab_size)
         for index, row in enumerate(rows)
         if row.is_adjusted
-        for terms in _adjustments(row, logits_RV.shape[1])
-    ]
-    if not entries:
+    }
+    if not of_rows:
         return logits_RV
-    row_index, tokens, *terms = zip(*entries, strict=True)
     device = logits_RV.device
-    where_2E = torch.tensor((row_index, tokens), device=device)
-    terms_3E = torch.tensor(terms, dtype=torch.float32, device=device)
+    where = np.concatenate(
+        [(np.full_like(of_row.tokens_E, row), of_row.tokens_E) for row, of_row in of_rows.items()], 1
+    )
+    terms = np.concatenate([of_row.terms_3E for of_row in of_rows.values()], 1)
+    where_2E = torch.from_numpy(where).to(device)
     adjusted_RV = logits_RV.clone()
-    apply_penalties(adjusted_RV, where_2E[0], where_2E[1], terms_3E)
+    apply_penalties(adjusted_RV, where_2E[0], where_2E[1], torch.from_numpy(terms).to(device))
     return adjusted_RV
-
-
-def _adjustments(row: SamplingRow, vocab_size: int) -> list[tuple[int, float, float, float]]:
-    """For each token concerned: (token id, bias, repetition penalty, amount to subtract)."""
-    params = row.params
-    bias = params.logit_bias
-    repeated = set(row.prompt).union(row.output) if params.repetition_penalty != 1 else set[int]()
-    counts = Counter(row.output) if params.frequency_penalty or params.presence_penalty else Counter[int]()
-    banned = {*row.eos_token_ids, *params.stop_token_ids} if row.is_banning else set[int]()
-
-    def subtrahend(token: int) -> float:
-        if token in banned:
-            return math.inf
-        count = counts.get(token, 0)
-        return count * params.frequency_penalty + params.presence_penalty if count else 0.0
-
-    return [
-        (
-            token,
-            bias.get(token, 0.0),
-            params.repetition_penalty if token in repeated else 1.0,
-            subtrahend(token),
-        )
-        for token in {*bias, *repeated, *counts, *banned}
-        if 0 <= token < vocab_size
-    ]
 
 
 def _draw(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:

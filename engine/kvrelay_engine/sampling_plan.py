@@ -12,16 +12,25 @@ from kvrelay_engine.sequence import Sequence
 DrawnTokens = dict[Sequence, dict[int, SampledToken]]  # by choice; an empty dict where nothing is drawn
 
 
+@dataclass(slots=True, frozen=True)
+class Drawn:
+    tokens: DrawnTokens
+    broken: set[Sequence]  # whose logits are not numbers
+
+
 @dataclass(slots=True)
 class SamplingPlan:
     rows: list[SamplingRow] = field(default_factory=list)
     owners: list[Sequence] = field(default_factory=list)  # of the rows
     sequences: list[Sequence] = field(default_factory=list)  # that wanted logits, in the order of the logits
 
-    def collect(self, sampled: SequenceOf[SampledToken]) -> DrawnTokens:
-        drawn: DrawnTokens = {sequence: {} for sequence in self.sequences}
+    def collect(self, sampled: SequenceOf[SampledToken | None]) -> Drawn:
+        drawn = Drawn({sequence: {} for sequence in self.sequences}, set())
         for row, owner, token in zip(self.rows, self.owners, sampled, strict=True):
-            drawn[owner][row.choice] = token
+            if token is None:
+                drawn.broken.add(owner)
+            else:
+                drawn.tokens[owner][row.choice] = token
         return drawn
 
 
@@ -52,7 +61,7 @@ def _sampling_row(logits_row: int, sequence: Sequence, choice: int) -> SamplingR
         seed=generation.seed,
         choice=choice,
         position=sequence.num_generated,
-        prompt=generation.prompt,
+        prompt=sequence.request.prompt_tokens,
         output=sequence.tokens[sequence.num_prompt :],
         eos_token_ids=generation.eos_token_ids,
     )

@@ -8,17 +8,19 @@
     remove           FINISHED: blocks go back
 
 A waiting sequence never holds blocks, so waiting sequences cannot block each other. A newcomer gets all blocks
-of its tokens or none. When a decoding sequence finds no block to grow into, the least urgent one is preempted:
-recomputed here if that is cheap, else handed back (PROTOCOL C5). Blocks of an accepted ticket are never taken.
+of its tokens or none. When a decoding sequence finds no block to grow into, hand-offs that are not here yet give
+way first, then the least urgent running one is preempted: recomputed here if that is cheap, else handed back
+(PROTOCOL C5). Blocks of an accepted ticket are never taken.
 
 Knows nothing of messages, tickets, sampling or models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from math import inf
+from typing import Protocol
 
 from kvrelay_core.clock import Clock
 from kvrelay_engine.block_pool import BlockPool
@@ -26,10 +28,17 @@ from kvrelay_engine.config import EngineConfig
 from kvrelay_engine.prefix_cache import PrefixCache
 from kvrelay_engine.runner import BatchRow
 from kvrelay_engine.sequence import EngineRequest, Sequence, SequenceState
+from kvrelay_engine.step_budget import StepBudget
 from kvrelay_engine.throughput import Throughput
 from kvrelay_transfer.layout import KvLayout
 
 Urgency = tuple[bool, float, int, float, int]
+
+
+class CanPin(Protocol):
+    """Whether tickets may pin so many new blocks, and the shared ones as far as they are not pinned yet."""
+
+    def __call__(self, num_blocks: int, shared: Set[int]) -> bool: ...
 
 
 @dataclass(slots=True)
@@ -55,6 +64,7 @@ class Batch:
     rows: list[ScheduledRow] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)
     handed_back: list[EngineRequest] = field(default_factory=list)  # already removed
+    crowded_out: list[EngineRequest] = field(default_factory=list)  # their hand-offs gave way
 
     def drop(self, request: EngineRequest) -> None:
         self.rows = [row for row in self.rows if row.sequence.request is not request]
@@ -70,9 +80,12 @@ class Scheduler:
         cache: PrefixCache,
         throughput: Throughput,
         clock: Clock,
-        can_pin: Callable[[int], bool],
+        can_pin: CanPin,
+        give_up_handoff: Callable[[Sequence], None],
+        num_returning: Callable[[], int],
     ) -> None:
-        """`can_pin` says whether so many more blocks may be pinned by tickets."""
+        """`give_up_handoff` makes the reader free the blocks of a remote sequence; those under a read are then
+        among the `num_returning` blocks that come back by themselves, soon."""
         self._config = config
         self._pool = pool
         self._layout = layout
@@ -80,6 +93,9 @@ class Scheduler:
         self._throughput = throughput
         self._clock = clock
         self._can_pin = can_pin
+        self._give_up_handoff = give_up_handoff
+        self._num_returning = num_returning
+        self._step_budget = StepBudget(config.tokens_per_step, config.step_target_s)
         # Dicts as ordered sets.
         self.waiting: dict[Sequence, None] = {}
         self.running: dict[Sequence, None] = {}
@@ -128,12 +144,19 @@ class Scheduler:
     # --------------------------------------------------------------------------------- one step's batch
 
     def schedule(self) -> Batch:
-        batch = Batch(self._config.tokens_per_step)
+        batch = Batch(self._step_budget.for_decodes(self._num_decoding()))
         for sequence in self._running_in_order():
             if sequence.state is SequenceState.RUNNING:  # not preempted meanwhile
                 self._continue(sequence, batch)
         self._admit(batch)
         return batch
+
+    def record_step(self, num_tokens: int, seconds: float) -> None:
+        """What a step took; the next ones are cut accordingly."""
+        self._step_budget.record(num_tokens, seconds)
+
+    def _num_decoding(self) -> int:
+        return sum(sequence.num_uncomputed == 1 for sequence in self.running)
 
     def _running_in_order(self) -> list[Sequence]:
         """Decoding ones first, the most urgent first; in any order when all of them get what they need anyway."""
@@ -147,11 +170,16 @@ class Scheduler:
             self._add_row(sequence, num_tokens, batch)
 
     def _grow(self, sequence: Sequence, num_tokens: int, batch: Batch) -> bool:
-        """Makes the sequence's blocks cover its next tokens; False if it had to give way itself."""
+        """Makes the sequence's blocks cover its next tokens; False if it had to give way itself, or to wait."""
         needed = self._layout.blocks_for(sequence.num_computed + num_tokens) - len(sequence.blocks)
         if needed <= 0:
             return True
         while needed > self._pool.num_free:
+            if needed <= self._pool.num_free + self._num_returning():
+                return False  # sits this step out
+            if self._seated:
+                self._crowd_out(max(self._seated, key=self._urgency), batch)
+                continue
             self._preempt(self._least_urgent(batch), batch)
             if sequence.state is not SequenceState.RUNNING:
                 return False
@@ -169,24 +197,23 @@ class Scheduler:
         """Strictly in order: whoever does not fit holds up those behind, so that nobody starves."""
         if not self.waiting or not batch.budget or self._seats_taken() >= self._config.max_num_seqs:
             return
-        num_pinned = 0  # by this batch's newcomers, whose tickets are issued after it is put together
+        to_pin: set[int] = set()  # by this batch's newcomers, whose tickets are issued after it is put together
         for sequence in sorted(self.waiting, key=self._urgency):
-            num_blocks = self._layout.blocks_for(len(sequence.tokens))
-            to_pin = num_blocks if sequence.request.handoff else 0
-            if to_pin and not self._can_pin(num_pinned + to_pin):
+            if not batch.budget or self._seats_taken() + sequence.num_seats > self._config.max_num_seqs:
                 return
-            if not batch.budget or not self._take_place(sequence, num_blocks):
+            hits = self._cache.match(sequence)
+            needed = self._layout.blocks_for(len(sequence.tokens)) - len(hits)
+            if sequence.request.handoff and not self._can_pin(needed, to_pin.union(hits)):
                 return
-            num_pinned += to_pin
+            if not self._take_place(sequence, hits, needed):
+                return
+            if sequence.request.handoff:
+                to_pin.update(sequence.blocks)
             batch.admitted.append(sequence)
             self._continue(sequence, batch)
 
-    def _take_place(self, sequence: Sequence, num_blocks: int) -> bool:
-        """A seat and all blocks, cached ones first; or nothing."""
-        if self._seats_taken() + sequence.num_seats > self._config.max_num_seqs:
-            return False
-        hits = self._cache.match(sequence)
-        needed = num_blocks - len(hits)
+    def _take_place(self, sequence: Sequence, hits: list[int], needed: int) -> bool:
+        """The cached blocks and the others that it needs; or nothing."""
         num_free = self._pool.num_free - sum(self._pool.references(block) == 0 for block in hits)
         watermark = 0 if sequence.request.is_prefill else self._watermark()
         if needed + watermark > num_free:
@@ -209,7 +236,7 @@ class Scheduler:
 
     def _is_overtaking(self, sequence: Sequence) -> bool:
         urgency = self._urgency(sequence)
-        return any(waiting.num_preemptions or self._urgency(waiting) < urgency for waiting in self.waiting)
+        return any(waiting.num_recomputes or self._urgency(waiting) < urgency for waiting in self.waiting)
 
     def _seats_taken(self) -> int:
         return sum(sequence.num_seats for sequence in self.running) + sum(
@@ -239,11 +266,17 @@ class Scheduler:
         ]
         return max(candidates, key=self._urgency)
 
+    def _crowd_out(self, victim: Sequence, batch: Batch) -> None:
+        """What was not pulled yet costs least to have elsewhere."""
+        self._leave(victim)
+        self._give_up_handoff(victim)
+        batch.crowded_out.append(victim.request)
+
     def _preempt(self, victim: Sequence, batch: Batch) -> None:
-        if self._may_recompute(victim):
+        if self._may_recompute(len(victim.tokens)):
             self._leave(victim)
             self.free(victim)
-            victim.num_preemptions += 1
+            victim.num_recomputes += 1
             self.add(victim)
             return
         batch.drop(victim.request)
@@ -251,10 +284,26 @@ class Scheduler:
             self.remove(sequence)
         batch.handed_back.append(victim.request)
 
-    def _may_recompute(self, victim: Sequence) -> bool:
-        queued = sum(len(sequence.tokens) for sequence in self.waiting if sequence.num_preemptions)
-        num_tokens = len(victim.tokens)
-        return num_tokens <= self._config.decode_alone_tokens and queued + num_tokens <= self._config.recompute_tokens
+    def add_recompute(self, sequence: Sequence) -> bool:
+        """Adds a trunk whose hand-off was lost; False, and nothing is added, where too much of it is missing here."""
+        choices = sequence.request.pending_choices
+        num_in_branches = sum(len(choice.committed) for choice in choices) if len(choices) > 1 else 0
+        num_cached = len(self._cache.match(sequence)) * self._layout.block_tokens
+        if not self._may_recompute(len(sequence.tokens) - num_cached + num_in_branches):
+            return False
+        sequence.num_recomputes += 1
+        self.add(sequence)
+        return True
+
+    def _may_recompute(self, num_tokens: int) -> bool:
+        """Under the limit of one sequence, and under the cap of all that recompute here (PROTOCOL C5)."""
+        pending = sum(
+            sequence.num_uncomputed
+            for queue in (self.waiting, self.running)
+            for sequence in queue
+            if sequence.num_recomputes and sequence.num_uncomputed > 1
+        )
+        return num_tokens <= self._config.decode_alone_tokens and pending + num_tokens <= self._config.recompute_tokens
 
     # ------------------------------------------------------------------------------------------ counts
 

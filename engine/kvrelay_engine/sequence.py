@@ -10,6 +10,7 @@ from enum import Enum
 
 from kvrelay_core.hashing import HASH_BYTES, hash_units
 from kvrelay_core.request import AttemptId, ChoiceState, FinishReason, Generation
+from kvrelay_engine.logit_adjustments import PromptTokens
 from kvrelay_transfer.layout import KvLayout, block_keys
 
 
@@ -64,7 +65,7 @@ class Sequence:
     num_cached: int = 0  # tokens that came from the prefix cache or a hand-off
     blocks: list[int] = field(default_factory=list)
     last_step: int = 0  # last launched step that touches the blocks
-    num_preemptions: int = 0
+    num_recomputes: int = 0  # times that it lost its KV here, preempted or with its hand-off
     finish_reason: FinishReason | None = None
 
     @property
@@ -101,8 +102,17 @@ class EngineRequest:
     handoff: bool = False  # Prefill: a ticket is issued for its blocks
     deadline_at_s: float | None = None
     first_scheduled_s: float | None = None
+    prompt_tokens: PromptTokens = field(init=False)
     sequences: list[Sequence] = field(default_factory=list)
     pending_choices: tuple[ChoiceState, ...] = ()  # that the trunk has yet to branch into; () afterwards
+
+    def __post_init__(self) -> None:
+        self.prompt_tokens = PromptTokens(self.generation.prompt)
+
+    def time_split(self, now_s: float) -> tuple[float, float]:
+        """Seconds until it was first scheduled, and since then."""
+        assert self.first_scheduled_s is not None, "it was not scheduled yet"
+        return self.first_scheduled_s - self.arrived_s, now_s - self.first_scheduled_s
 
     @property
     def trunk(self) -> Sequence:

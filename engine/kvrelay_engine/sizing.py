@@ -1,34 +1,32 @@
-"""How much memory a device has left, whether something fits, and how many KV blocks do.
+"""How much memory a device has, whether something fits, and how many KV blocks do.
+
+`--memory-fraction` is the share of a device's whole memory that one worker may use in all:
+
+    pool = fraction x total - weights - runtime and activations of the largest step
 
 It knows nothing of models: callers bring bytes and a KV layout.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
+from msgspec import Struct
 
 from kvrelay_core.errors import ConfigError
+from kvrelay_transfer import host_memory
 from kvrelay_transfer.layout import KvLayout
 
 GIB = 2**30
-_MEMINFO = Path("/proc/meminfo")
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be allocated: of the GPU, or of this host within its container's limit."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free
-    fields = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    try:
-        limit, used = (_CGROUP / "memory.max").read_text().strip(), (_CGROUP / "memory.current").read_text()
-    except OSError:  # no container, or a host with the first version of cgroups
-        return free
-    return free if limit == "max" else min(free, int(limit) - int(used))
+    """Memory that can still be allocated: of the GPU, or of this host within its control groups' limits."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_memory.available_bytes()
+
+
+def total_bytes(device: torch.device) -> int:
+    """Memory of the GPU, or of this host within its control groups' limits, whoever uses it."""
+    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else host_memory.total_bytes()
 
 
 def check_fits(required_bytes: int, free_bytes: int, what: str) -> None:
@@ -41,13 +39,27 @@ def check_fits(required_bytes: int, free_bytes: int, what: str) -> None:
         )
 
 
-def kv_blocks_that_fit(layout: KvLayout, free_bytes: int, fraction: float) -> int:
-    """Blocks of a pool that takes `fraction` of the free bytes, the null block included.
+class MemoryShare(Struct, frozen=True, kw_only=True):
+    """What one worker may use of its device, and what of that is spoken for. Bytes."""
 
-    Raises ConfigError where not even two fit: the null block and one to use.
-    """
-    if not 0 < fraction <= 1:
-        raise ConfigError(f"the memory fraction must be above 0 and at most 1, not {fraction}")
-    usable_bytes = int(free_bytes * fraction)
-    check_fits(2 * layout.block_bytes, usable_bytes, "a KV pool of one block")
-    return usable_bytes // layout.block_bytes
+    fraction: float
+    total: int  # of the device
+    weights: int
+    activations: int  # of the largest step, and of the process itself
+
+    def blocks_of(self, layout: KvLayout) -> int:
+        """Blocks of the pool that the rest holds, the null block included.
+
+        Raises ConfigError where not even two fit: the null block and one to use.
+        """
+        pool = int(self.fraction * self.total) - self.weights - self.activations
+        if pool < 2 * layout.block_bytes:
+            raise ConfigError(
+                f"memory_fraction {self.fraction:g} of {self.total / GIB:.2f} GiB is "
+                f"{self.fraction * self.total / GIB:.2f} GiB; the weights take {self.weights / GIB:.2f} GiB, "
+                f"runtime and activations {self.activations / GIB:.2f} GiB, which leaves no room for a KV pool (one "
+                f"block is {layout.block_bytes / GIB:.4f} GiB); raise --memory-fraction, give --kv-blocks, or take a "
+                "smaller model or dtype",
+                field="memory_fraction",
+            )
+        return pool // layout.block_bytes

@@ -24,17 +24,19 @@ from kvrelay_engine.handoff_source import EngineIdentity
 from kvrelay_engine.loader import LoadedModel, load_model
 from kvrelay_engine.messages import Event, Started
 from kvrelay_engine.model_runner import ModelRunner
-from kvrelay_engine.sizing import free_bytes, kv_blocks_that_fit
+from kvrelay_engine.sizing import MemoryShare, total_bytes
 from kvrelay_transfer.connectors.base import Connector
 from kvrelay_transfer.connectors.registry import create_connectors
-from kvrelay_transfer.layout import KvLayout
+from kvrelay_transfer.layout import ELEMENT_BYTES, KvLayout
 from kvrelay_transfer.pool_memory import PoolMemory
 from kvrelay_transfer.staging import BlockStaging, slot_bytes_for
 from kvrelay_transfer.staging_slots import StagingSlots
 from kvrelay_transfer.ticket import TicketSigner
 
-# Of the memory that the model leaves free, when nothing is said: a CPU's memory is shared with everybody else.
-DEFAULT_FRACTION = {"cpu": 0.2, "cuda": 0.85}
+# Of the device's memory, when nothing is said: a CPU's is shared with another worker and everybody else.
+DEFAULT_FRACTION = {"cpu": 0.3, "cuda": 0.85}
+# What a process takes before it has loaded anything: libraries, and on a GPU the context and workspaces.
+RUNTIME_BYTES = {"cpu": 512 << 20, "cuda": 1 << 30}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +77,20 @@ def build_engine(config: EngineConfig, clock: Clock, emit: Callable[[Event], Non
 
 
 def _count_blocks(config: EngineConfig, loaded: LoadedModel, layout: KvLayout) -> int:
-    """As many as were asked for; else as fit, but no more than all seats can ever use."""
+    """As many as were asked for; else as the worker's share of memory holds, but no more than all seats can use."""
     if config.kv_blocks is not None:
         return config.kv_blocks
-    fraction = config.memory_fraction or DEFAULT_FRACTION[loaded.device.type]
-    useful = config.max_num_seqs * layout.blocks_for(loaded.config.max_model_len) + 1
-    return min(useful, kv_blocks_that_fit(layout, free_bytes(loaded.device), fraction))
+    model, device = loaded.config, loaded.device
+    element_bytes = ELEMENT_BYTES[loaded.dtype]
+    share = MemoryShare(
+        fraction=config.memory_fraction or DEFAULT_FRACTION[device.type],
+        total=total_bytes(device),
+        weights=loaded.weight_bytes,
+        activations=RUNTIME_BYTES[device.type]
+        + model.activation_bytes(config.tokens_per_step, config.max_num_seqs, element_bytes),
+    )
+    useful = config.max_num_seqs * layout.blocks_for(model.max_model_len) + 1
+    return min(useful, share.blocks_of(layout))
 
 
 def _connect(

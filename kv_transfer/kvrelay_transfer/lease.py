@@ -89,6 +89,9 @@ class LeaseTable:
         """Blocks that one or more leases hold, each counted once."""
         return len(self._holders)
 
+    def is_pinned(self, block: int) -> bool:
+        return block in self._holders
+
     def find(self, ticket_id: str) -> Lease | None:
         return self._leases.get(ticket_id)
 

@@ -41,7 +41,9 @@ HELD = (
 
 
 class Cluster:
-    def __init__(self, model_dir: Path, *, prefill: int = 1, decode: int = 1, **flags: str | int | float) -> None:
+    def __init__(
+        self, model_dir: Path, *, prefill: int = 1, decode: int = 1, **flags: str | int | float | Path
+    ) -> None:
         """`flags` are those of `kvrelay up`: `block_tokens=16` is `--block-tokens 16`."""
         self.folder = Path(tempfile.mkdtemp(prefix="kvc-", dir="/tmp"))  # short: socket paths are
         self.num_workers = {"prefill": prefill, "decode": decode}
@@ -104,11 +106,15 @@ class Cluster:
         if self._up.poll() is None:
             self._up.send_signal(signal.SIGTERM)
         code = self._up.wait(STOP_DEADLINE_S)
-        left = [f"{pid} {' '.join(command_line(pid))}" for pid in everybody[1:] if is_alive(pid)]
-        assert not left, f"processes left after SIGTERM: {left}"
+        # A killed process that is just closing its files is still there for a moment.
+        wait_until(lambda: not any(map(is_alive, everybody)), 1, lambda: f"no process: {self._left(everybody)}")
         files = [str(path) for path in (self.folder / "tmp").rglob("*")]
         assert not files, f"files left after SIGTERM: {files}"
         assert code == 0, f"up ended with {code}"
+
+    @staticmethod
+    def _left(everybody: list[int]) -> list[str]:
+        return [f"{pid} {' '.join(command_line(pid))}" for pid in everybody if is_alive(pid)]
 
     @property
     def log_path(self) -> Path:

@@ -1,4 +1,5 @@
-"""A TCP proxy on loopback whose connections a test can cut: a lost transport between two processes that live on."""
+"""A TCP proxy on loopback whose connections a test can cut or hold up: a lost transport between two processes that
+live on, or one that stands still as if its other end were stopped."""
 
 from __future__ import annotations
 
@@ -15,6 +16,8 @@ class CuttableProxy:
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._refuses = False
+        self._flows = asyncio.Event()
+        self._flows.set()
         self.num_accepted = 0
         self.address = ""
 
@@ -25,6 +28,15 @@ class CuttableProxy:
             writer.transport.abort()
         self._writers.clear()
 
+    def hold(self) -> None:
+        """Connections stay open and new ones are taken, but nothing passes: either end takes the other for stopped."""
+        self._flows.clear()
+
+    def mend(self) -> None:
+        """What was held passes, where its connection still stands; new connections are taken again."""
+        self._refuses = False
+        self._flows.set()
+
     async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._refuses:
             writer.transport.abort()
@@ -33,25 +45,27 @@ class CuttableProxy:
         far_reader, far_writer = await asyncio.open_connection(self._host, int(self._port))
         self._writers |= {writer, far_writer}
         for source, sink in ((reader, far_writer), (far_reader, writer)):
-            task = asyncio.ensure_future(_pump(source, sink))
+            task = asyncio.ensure_future(self._pump(source, sink))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
+        self.mend()
         self.cut(refuse=True)
         if self._tasks:
             await asyncio.wait(self._tasks)
 
-
-async def _pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-    try:
-        while data := await source.read(CHUNK_BYTES):
-            sink.write(data)
-            await sink.drain()
-    except ConnectionError:
-        pass  # cut
-    finally:
-        sink.transport.abort()
+    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        try:
+            while data := await source.read(CHUNK_BYTES):
+                await self._flows.wait()
+                sink.write(data)
+                await sink.drain()
+            await self._flows.wait()
+        except ConnectionError:
+            pass  # cut
+        finally:
+            sink.transport.abort()
 
 
 @asynccontextmanager

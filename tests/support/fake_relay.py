@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,23 +54,30 @@ class RelayMaker:
             await worker.start()
         return await self.connect(prefill, decode, **config)
 
-    async def connect(self, prefill: list[FakePrefill], decode: list[FakeDecode], **config: Any) -> Relay:
-        """Workers that are started already."""
-        settings = RouterConfig(
-            model=str(self._checkpoint),
-            served_model_name="fake",
-            prefill=[worker.address for worker in prefill],
-            decode=[worker.address for worker in decode],
-            **{"reattach_s": 0.5, **config},
-        )
+    async def connect(
+        self,
+        prefill: list[FakePrefill],
+        decode: list[FakeDecode],
+        through: Mapping[str, str] | None = None,
+        **config: Any,
+    ) -> Relay:
+        """Workers that are started already. `through`: address of a worker -> another one that leads there."""
+        ways = through or {}
+        defaults: dict[str, Any] = {
+            "prefill": [ways.get(worker.address, worker.address) for worker in prefill],
+            "decode": [ways.get(worker.address, worker.address) for worker in decode],
+            "reattach_s": 0.5,
+            "placement_wait_s": 1.0,
+            "refused_wait_s": 0.3,
+        }
+        settings = RouterConfig(model=str(self._checkpoint), served_model_name="fake", **{**defaults, **config})
         settings.validate()
         server = RouterServer(settings, load_checkpoint(settings.model))
         address = await server.start()
-        relay = Relay(self._checkpoint, prefill, decode, server, AsyncClient(address), address)
+        relay = Relay(self._checkpoint, prefill, decode, server, AsyncClient(address, tls=settings.tls), address)
         self._made.append(relay)
         async with asyncio.timeout(10):
-            while not all(session.is_serving for session in server.registry.sessions):
-                await server.registry.wait_changed()
+            await server.registry.wait_until(lambda: all(s.is_serving for s in server.registry.sessions))
         return relay
 
     async def close(self) -> None:

@@ -45,6 +45,7 @@ class FakeRunner:
         self.batches: list[list[int]] = []  # tokens per row of each batch
         self.num_copies = 0
         self.failure: Exception | None = None  # raised by the next run, half-way
+        self.broken_rows: set[int] = set()  # of the next run's logits: they are NaN
 
     def run(self, batch: Sequence[BatchRow]) -> torch.Tensor:
         self.batches.append([len(row.token_ids) for row in batch])
@@ -54,6 +55,9 @@ class FakeRunner:
             failure, self.failure = self.failure, None
             raise failure
         logits = [self._logits(row) for row in batch if row.wants_logits]
+        for index in self.broken_rows:
+            logits[index][index] = torch.nan
+        self.broken_rows = set()
         return torch.stack(logits) if logits else torch.empty((0, VOCAB_SIZE))
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:

@@ -20,13 +20,14 @@ from kvrelay.v1.worker_pb2_grpc import WorkerServiceServicer, add_WorkerServiceS
 from kvrelay_core.errors import KvRelayError, UnsupportedError, WorkerLostError
 from kvrelay_core.request import AttemptId, FinishReason, FirstToken, Generation, TokenLogprobs
 from kvrelay_core.rpc import wire
+from kvrelay_core.rpc.channel import TlsFiles
 from kvrelay_core.rpc.server import RpcServer
 from kvrelay_core.rpc.status import error_to_detail
 
 MAX_MODEL_LEN = 512
 VOCAB_SIZE = 384
 
-Call = TypeVar("Call")
+Call = TypeVar("Call", bound="PrefillCall | DecodeCall")
 Row = tuple[int, int, int]  # choice, position, token id
 
 
@@ -47,6 +48,8 @@ class _Wire:
 
 
 class PrefillCall:
+    """Tells a router that comes back what it has told before, as a real one does."""
+
     def __init__(self, wire_: _Wire, opened: prefill_pb2.PrefillOpen) -> None:
         self._wire = wire_
         self.handle = opened.handle
@@ -55,11 +58,20 @@ class PrefillCall:
         self.generation: Generation = wire.generation_from_wire(opened.request.generation)
         self.cancelled = asyncio.Event()
         self.released = asyncio.Event()
+        self.reopened = asyncio.Event()
+        self.first_follow_s = 30.0
+        self._told: list[prefill_pb2.PrefillResponse] = []
+
+    def reopen(self) -> None:
+        for event in self._told:
+            self._put(event)
+        self.reopened.set()
 
     def accept(self) -> None:
         accepted = prefill_pb2.PrefillAccepted()
         if self.handoff:
             accepted.ticket.ticket_id = f"ticket-{self.attempt.request_id}-{self.attempt.attempt}"
+            accepted.ticket.lease.first_follow_s = self.first_follow_s
         self._send(prefill_pb2.PrefillResponse(accepted=accepted))
 
     def queue(self, eta_s: float) -> None:
@@ -87,6 +99,11 @@ class PrefillCall:
         self._send(prefill_pb2.PrefillResponse(failed=error_to_detail(error)))
 
     def _send(self, event: prefill_pb2.PrefillResponse) -> None:
+        if not event.HasField("queued"):
+            self._told.append(event)
+        self._put(event)
+
+    def _put(self, event: prefill_pb2.PrefillResponse) -> None:
         self._wire.send(prefill_pb2.PrefillServiceSessionResponse(handle=self.handle, event=event))
 
 
@@ -101,6 +118,11 @@ class DecodeCall:
         self.abort_reason = ""
         self.resumes: asyncio.Queue[decode_pb2.DecodeResume] = asyncio.Queue()
         self.reattached: asyncio.Queue[dict[int, int]] = asyncio.Queue()
+        self.reopened = asyncio.Event()
+
+    def reopen(self) -> None:
+        """Nothing is told again but by the test."""
+        self.reopened.set()
 
     def accept(self) -> None:
         """All KV is here."""
@@ -131,8 +153,9 @@ class DecodeCall:
         )
         self._event(decode_pb2.DecodeEvent(finished=finished))
 
-    def lose_handoff(self, error: KvRelayError) -> None:
-        self._event(decode_pb2.DecodeEvent(handoff_lost=decode_pb2.HandoffLost(cause=error_to_detail(error))))
+    def lose_handoff(self, error: KvRelayError, verified_tokens: int = 0) -> None:
+        lost = decode_pb2.HandoffLost(cause=error_to_detail(error), verified_tokens=verified_tokens)
+        self._event(decode_pb2.DecodeEvent(handoff_lost=lost))
 
     def hand_back(self, error: KvRelayError) -> None:
         self._event(decode_pb2.DecodeEvent(handed_back=decode_pb2.HandoffLost(cause=error_to_detail(error))))
@@ -172,6 +195,8 @@ class FakeWorker(ABC, Generic[Call]):
         self.block_tokens = 64
         self.decode_alone_tokens = 0
         self.num_sessions = 0
+        self.tls: TlsFiles | None = None
+        self.loads: asyncio.Queue[worker_pb2.WatchLoadResponse] = asyncio.Queue()  # reports to be sent
         self.calls: dict[int, Call] = {}
         self._starts = 0
         self._port = 0
@@ -187,7 +212,7 @@ class FakeWorker(ABC, Generic[Call]):
 
     async def start(self) -> None:
         self._starts += 1
-        self._server = RpcServer("127.0.0.1", self._port)
+        self._server = RpcServer("127.0.0.1", self._port, tls=self.tls)
         add_WorkerServiceServicer_to_server(_Describing(self), self._server.server)
         self._add_to(self._server)
         self._port = await self._server.start()
@@ -259,6 +284,9 @@ class FakeWorker(ABC, Generic[Call]):
                 self._take(request)
 
     def _opened(self, handle: int, call: Call) -> None:
+        if handle in self.calls:
+            self.calls[handle].reopen()
+            return
         self.calls[handle] = call
         if self.behaviour is None:
             self._new_calls.put_nowait(call)
@@ -323,8 +351,8 @@ class _Describing(WorkerServiceServicer):
         return self._worker.describe()
 
     async def WatchLoad(self, request: worker_pb2.WatchLoadRequest, context: Any) -> AsyncIterator[Any]:
-        raise UnsupportedError("a fake worker has no load")
-        yield
+        while True:
+            yield await self._worker.loads.get()
 
     async def Drain(self, request: worker_pb2.DrainRequest, context: Any) -> worker_pb2.DrainResponse:
         raise UnsupportedError("a fake worker does not drain")

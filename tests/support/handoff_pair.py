@@ -30,6 +30,8 @@ from kvrelay_transfer.connectors.memory import MemoryConnector, MemoryFabric, Me
 from kvrelay_transfer.ticket import KvTicket
 
 FOLLOW = 11
+TOKENS = list(range(100, 118))  # 18 tokens: four full blocks and half of one
+ONE_BLOCK_READS = ReaderLimits(max_read_bytes=1, max_reads=8)
 
 
 class HandoffPair:
@@ -130,3 +132,18 @@ class HandoffPair:
         self.pool.check_integrity()
         assert self.pool.num_in_use == self.reader.num_transfers == self.reader.num_quarantined == 0
         assert not self.reader.is_busy
+
+
+def finished(pair: HandoffPair, tokens: list[int] = TOKENS) -> tuple[Sequence, KvTicket]:
+    """A prefill that is over, followed by the reader, whose messages have arrived."""
+    sequence = make_sequence(tokens)
+    ticket = pair.side.prefill(sequence)
+    decode = pair.open(sequence, ticket)
+    pair.carry()
+    return decode, ticket
+
+
+def broken(pair: HandoffPair) -> HandoffBroken:
+    outcome = pair.land()
+    assert isinstance(outcome, HandoffBroken)
+    return outcome

@@ -119,7 +119,7 @@ async def running_worker(
     name = "decode" if "Decode" in getattr(role_type, "__name__", "") else "prefill"
     server = WorkerServer(make_config(name, **changes), build, engine, clock)
     address = await server.start()
-    channel = open_channel(address)
+    channel = open_channel(address, server.worker.config.tls)
     try:
         yield RiggedWorker(server, roles[0], engine, clock, address, channel)
         await channel.close()

@@ -36,10 +36,11 @@ SERVER_OPTIONS = [
 CHANNEL_OPTIONS = [
     *_KEEPALIVE,
     *_LIMITS,
-    # A restarted worker should be found again at once, not after gRPC's default back-off of up to 2 minutes.
+    # A worker that is back should be found within what is left of a grace of 2 s, not after gRPC's default back-off
+    # of up to 2 minutes. The middle one is in truth how long an attempt to connect may take at least.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.min_reconnect_backoff_ms", 500),
+    ("grpc.max_reconnect_backoff_ms", 250),
     # Two channels to one address must not share one connection's fate.
     ("grpc.use_local_subchannel_pool", 1),
 ]

@@ -37,6 +37,7 @@ def test_text_and_file_say_the_same(tmp_path: Path) -> None:
         ({"max_model_len": 1}, "max_model_len"),
         ({"decode_alone_tokens": -1}, "decode_alone_tokens"),
         ({"patience_s": float("nan")}, "patience_s"),
+        ({"step_target_s": 0.0}, "step_target_s"),
     ],
 )
 def test_what_cannot_work_is_refused(changes: dict[str, Any], text: str) -> None:

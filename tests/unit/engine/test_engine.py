@@ -295,6 +295,31 @@ def test_a_failed_step_fails_its_requests_and_no_others(rigs: list[EngineRig]) -
     assert rig.tokens(3) == continuation(prompt_of(9), 5)
 
 
+def test_logits_that_are_not_numbers_end_their_request_and_no_other(rig: EngineRig) -> None:
+    rig.decode(1, make_generation(prompt_of(12, 1), 6))
+    rig.decode(2, make_generation(prompt_of(12, 2), 6, num_choices=2))
+    while len(rig.tokens(2)) < 2:
+        rig.step()
+    rig.runner.broken_rows = {2}  # the second choice of request 2
+    rig.run()
+    assert rig.error(2) == "InternalError"
+    assert rig.tokens(1) == continuation(prompt_of(12, 1), 6)
+    assert rig.tokens(2) == continuation(prompt_of(12, 2), 2), "nothing was made up"
+    rig.prefill(3, make_generation(prompt_of(12, 2)))
+    rig.run()
+    assert rig.the(messages.PrefillFinished).usage.cached_tokens == 0, "its KV may be damaged too"
+
+
+def test_a_prefill_whose_logits_are_not_numbers_fails_and_frees_its_ticket(rigs: list[EngineRig]) -> None:
+    rig = make_rig(rigs, role="prefill")
+    rig.runner.broken_rows = {0}
+    rig.prefill(1, make_generation(prompt_of(12)), handoff=True)
+    rig.run()
+    assert rig.error(1) == "InternalError"
+    assert not rig.of(messages.PrefillFinished)
+    assert rig.load().blocks_cached == 0
+
+
 def test_a_block_that_was_given_away_during_the_step_does_not_count(rig: EngineRig) -> None:
     def run_and_reuse(batch: Any) -> Any:
         rig.memory.words.bump(batch[0].block_table[1])

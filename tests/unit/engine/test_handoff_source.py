@@ -289,6 +289,8 @@ def test_the_pinned_share_is_capped_in_unique_blocks() -> None:
     first = make_sequence(TOKENS)
     prefill.side.accept(first)
     assert prefill.source.can_accept(5) and not prefill.source.can_accept(6)
+    pinned = set(first.blocks)
+    assert prefill.source.can_accept(5, pinned) and not prefill.source.can_accept(6, pinned)
     shared = make_sequence(TOKENS, request_id=2)
     shared.blocks = first.blocks
     prefill.source.accept(shared)

@@ -11,12 +11,13 @@ import pytest
 import torch
 from checkpoints import make_checkpoint, make_variant
 from model_rig import greedy
+from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 
 from kvrelay_core.errors import ConfigError
 from kvrelay_engine import loader
 from kvrelay_engine.loader import load_model
-from kvrelay_engine.sizing import GIB, check_fits, free_bytes, kv_blocks_that_fit
+from kvrelay_engine.sizing import GIB, MemoryShare, check_fits, free_bytes, total_bytes
 from kvrelay_transfer.layout import KvLayout
 
 PROMPT = [3, 1, 4, 1, 5, 9]
@@ -179,19 +180,36 @@ def test_check_fits() -> None:
         check_fits(16 * GIB, 12 * GIB + GIB // 2, "it")
 
 
-def test_kv_blocks_that_fit() -> None:
+def test_a_share_of_memory_is_for_weights_activations_and_pool() -> None:
     layout = KvLayout("float32", num_layers=2, num_kv_heads=4, block_tokens=64, head_dim=16)
-    assert kv_blocks_that_fit(layout, 10 * layout.block_bytes, 0.5) == 5
-    assert kv_blocks_that_fit(layout, 10 * layout.block_bytes - 1, 1.0) == 9
-    with pytest.raises(ConfigError, match="a KV pool of one block needs"):
-        kv_blocks_that_fit(layout, 3 * layout.block_bytes, 0.5)
-    for fraction in (0.0, -1.0, 1.1):
-        with pytest.raises(ConfigError, match="memory fraction"):
-            kv_blocks_that_fit(layout, GIB, fraction)
+    block = layout.block_bytes
+    share = MemoryShare(fraction=0.5, total=40 * block, weights=9 * block, activations=block // 2)
+    assert share.blocks_of(layout) == 10
+    assert replace(share, weights=18 * block - block // 2).blocks_of(layout) == 2
 
 
-def test_free_bytes_of_the_host() -> None:
-    assert 0 < free_bytes(torch.device("cpu")) < 2**50
+def test_a_share_that_leaves_nothing_is_refused_in_numbers() -> None:
+    layout = KvLayout("float32", num_layers=2, num_kv_heads=4, block_tokens=64, head_dim=16)
+    share = MemoryShare(fraction=0.25, total=16 * GIB, weights=4 * GIB, activations=GIB // 2)
+    with pytest.raises(
+        ConfigError,
+        match=r"memory_fraction 0\.25 of 16\.00 GiB is 4\.00 GiB; the weights take 4\.00 GiB, .*activations 0\.50 GiB"
+        r".*raise --memory-fraction",
+    ):
+        share.blocks_of(layout)
+
+
+def test_what_is_on_the_device_is_accounted_for(model_dir: Path) -> None:
+    loaded = load_model(str(model_dir), "auto", "cpu")
+    on_disk = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
+    assert 0.9 * on_disk < loaded.weight_bytes - 4096 * loaded.config.head_dim * 4 <= on_disk
+    one, two = (loaded.config.activation_bytes(tokens, 8, 4) for tokens in (256, 512))
+    assert 0 < one < two < 2 * one
+
+
+def test_memory_of_the_host() -> None:
+    device = torch.device("cpu")
+    assert 0 < free_bytes(device) <= total_bytes(device) < 2**50
 
 
 # -------------------------------------------------------------------------------------------- fingerprint

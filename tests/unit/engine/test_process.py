@@ -141,6 +141,22 @@ def test_a_start_that_cannot_work_says_why(open_service: Callable[..., ServiceEn
     assert exit_code(service) == 1
 
 
+def test_a_share_of_memory_without_room_for_a_pool_is_refused(open_service: Callable[..., ServiceEnd]) -> None:
+    service = open_service(kv_blocks=None, memory_fraction=1e-6)
+    service.start()
+    failed, _ = service.wait_for(messages.StartFailed, START_TIMEOUT_S)
+    assert failed.error.reason == "ConfigError"
+    assert "leaves no room for a KV pool" in failed.error.message
+    assert exit_code(service) == 1
+
+
+def test_without_a_block_count_the_pool_is_what_all_seats_can_use(open_service: Callable[..., ServiceEnd]) -> None:
+    service = open_service(kv_blocks=None, max_num_seqs=4, max_model_len=256, block_tokens=16, hash_unit_tokens=16)
+    service.start()
+    started, _ = service.wait_for(messages.Started, START_TIMEOUT_S)
+    assert started.num_blocks == 4 * 256 // 16 + 1
+
+
 def test_a_missing_model_is_named(open_service: Callable[..., ServiceEnd], tmp_path: Path) -> None:
     service = open_service(model=tmp_path / "no-model")
     service.start()

@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from kvrelay_core.request import SamplingParams
-from kvrelay_engine.sampler import Sampler, SamplingRow
+from kvrelay_engine.logit_adjustments import PromptTokens
+from kvrelay_engine.sampler import SampledToken, Sampler, SamplingRow
 
 VOCAB = 60
 
@@ -44,19 +45,27 @@ def make_row(
         seed=seed,
         choice=choice,
         position=len(output) if position is None else position,
-        prompt=prompt,
+        prompt=PromptTokens(prompt),
         output=output,
         eos_token_ids=eos,
     )
 
 
+def sample(logits_RV: torch.Tensor, rows: list[SamplingRow]) -> list[SampledToken]:
+    """Every row draws."""
+    sampled = Sampler().sample(logits_RV, rows)
+    drawn = [token for token in sampled if token is not None]
+    assert len(drawn) == len(rows)
+    return drawn
+
+
 def sample_one(logits_V: torch.Tensor, row: SamplingRow) -> int:
-    return Sampler().sample(logits_V.unsqueeze(0), [row])[0].token_id
+    return sample(logits_V.unsqueeze(0), [row])[0].token_id
 
 
 def sample_many(logits_V: torch.Tensor, num_draws: int, **row: Any) -> list[int]:
     rows = [make_row(position=position, **row) for position in range(num_draws)]
-    return [token.token_id for token in Sampler().sample(logits_V.unsqueeze(0), rows)]
+    return [token.token_id for token in sample(logits_V.unsqueeze(0), rows)]
 
 
 def expect_distribution(drawn: list[int], probs_V: torch.Tensor) -> None:
@@ -77,17 +86,17 @@ def expect_distribution(drawn: list[int], probs_V: torch.Tensor) -> None:
 def test_greedy_takes_the_largest_and_the_lowest_of_equals() -> None:
     logits_RV = torch.tensor([[0.0, 2.0, 2.0], [3.0, 1.0, 3.0], [0.0, 0.0, 1.0]])
     rows = [make_row(logits_row=index) for index in range(3)]
-    assert [token.token_id for token in Sampler().sample(logits_RV, rows)] == [1, 0, 2]
+    assert [token.token_id for token in sample(logits_RV, rows)] == [1, 0, 2]
 
 
 def test_rows_pick_their_logits_in_any_order_and_may_share_them() -> None:
     logits_RV = torch.eye(4)
     rows = [make_row(logits_row=index) for index in (2, 0, 0, 3)]
-    assert [token.token_id for token in Sampler().sample(logits_RV, rows)] == [2, 0, 0, 3]
+    assert [token.token_id for token in sample(logits_RV, rows)] == [2, 0, 0, 3]
 
 
 def test_no_rows_give_no_tokens() -> None:
-    assert Sampler().sample(torch.empty(0, VOCAB), []) == []
+    assert sample(torch.empty(0, VOCAB), []) == []
 
 
 def test_a_vanishing_temperature_is_greedy() -> None:
@@ -103,7 +112,7 @@ def naive_adjusted(logits: list[float], row: SamplingRow) -> list[float]:
     adjusted = []
     for token, given in enumerate(logits):
         logit = given + params.logit_bias.get(token, 0.0)
-        if token in row.prompt or token in row.output:
+        if token in row.prompt.tokens or token in row.output:
             logit = logit * params.repetition_penalty if logit < 0 else logit / params.repetition_penalty
         logit -= counts[token] * params.frequency_penalty + (params.presence_penalty if counts[token] else 0.0)
         if row.position < params.min_tokens and token in (*row.eos_token_ids, *params.stop_token_ids):
@@ -136,7 +145,7 @@ def test_adjustments_equal_the_naive_rules(seed: int) -> None:
     ]
     logits_RV = torch.randn(4, VOCAB)
     before_RV = logits_RV.clone()
-    sampled = Sampler().sample(logits_RV, rows)
+    sampled = sample(logits_RV, rows)
     assert torch.equal(logits_RV, before_RV)
     for row, logits, token in zip(rows, logits_RV.tolist(), sampled, strict=True):
         adjusted = naive_adjusted(logits, row)
@@ -233,9 +242,9 @@ def test_the_same_row_draws_the_same_token_in_any_batch() -> None:
         )
         for index in range(8)
     ]
-    together = [token.token_id for token in Sampler().sample(logits_RV, rows)]
+    together = [token.token_id for token in sample(logits_RV, rows)]
     order = rng.sample(range(8), 8)
-    shuffled = [token.token_id for token in Sampler().sample(logits_RV, [rows[index] for index in order])]
+    shuffled = [token.token_id for token in sample(logits_RV, [rows[index] for index in order])]
     alone = [sample_one(logits_RV[index], replace(row, logits_row=0)) for index, row in enumerate(rows)]
     assert [together[index] for index in order] == shuffled
     assert together == alone
@@ -263,13 +272,35 @@ def test_choices_are_independent() -> None:
     expect_distribution(pairs, torch.outer(probs_V, probs_V).view(-1))
 
 
+# --- logits that are not numbers ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"temperature": 1.0},
+        {"temperature": 1.0, "top_p": 0.9},
+        {"temperature": 1.0, "top_k": 4, "min_p": 0.1},
+        {"repetition_penalty": 1.2, "logprobs": 3},
+    ],
+)
+@pytest.mark.parametrize("num_bad", [1, VOCAB])
+def test_a_row_with_a_nan_draws_nothing_and_the_others_do(params: dict[str, Any], num_bad: int) -> None:
+    logits_RV = torch.randn(3, VOCAB)
+    rows = [make_row(logits_row=index, prompt=(1, 2), **params) for index in range(3)]
+    healthy = sample(logits_RV, rows)
+    logits_RV[1, :num_bad] = math.nan
+    assert Sampler().sample(logits_RV, rows) == [healthy[0], None, healthy[2]]
+
+
 # --- logprobs ---------------------------------------------------------------------------------------------------
 
 
 def test_logprobs_are_those_of_the_model() -> None:
     logits_V = torch.randn(VOCAB)
     row = make_row(temperature=2.0, top_k=3, logit_bias={4: 9.0}, logprobs=5)
-    token = Sampler().sample(logits_V.unsqueeze(0), [row])[0]
+    token = sample(logits_V.unsqueeze(0), [row])[0]
     expected_V = logits_V.log_softmax(-1)
     assert token.logprobs is not None
     assert token.logprobs.logprob == pytest.approx(expected_V[token.token_id].item(), abs=1e-6)
@@ -282,7 +313,7 @@ def test_each_row_gets_the_logprobs_that_it_asked_for() -> None:
     logits_RV = torch.randn(4, VOCAB)
     wanted = [None, 0, 2, VOCAB + 5]
     rows = [make_row(logits_row=index, logprobs=logprobs) for index, logprobs in enumerate(wanted)]
-    sampled = Sampler().sample(logits_RV, rows)
+    sampled = sample(logits_RV, rows)
     assert sampled[0].logprobs is None
     lengths = [len(token.logprobs.top) for token in sampled[1:] if token.logprobs is not None]
     assert lengths == [0, 2, VOCAB]
@@ -293,7 +324,7 @@ def test_each_row_gets_the_logprobs_that_it_asked_for() -> None:
 
 def test_equally_likely_tokens_are_listed_by_id() -> None:
     row = make_row(logprobs=3)
-    token = Sampler().sample(torch.tensor([[1.0, 2.0, 2.0, 2.0]]), [row])[0]
+    token = sample(torch.tensor([[1.0, 2.0, 2.0, 2.0]]), [row])[0]
     assert token.logprobs is not None
     assert [token_id for token_id, _ in token.logprobs.top] == [1, 2, 3]
 

@@ -119,7 +119,7 @@ def test_preempted_sequences_are_recomputed_and_exact(rigs: list[EngineRig | Eng
         rig.decode(request_id, make_generation(prompt_of(5, request_id), 20))
     preempted = 0
     while rig.step():
-        preempted += sum(sequence.num_preemptions for sequence in rig.engine.scheduler.waiting)
+        preempted += sum(sequence.num_recomputes for sequence in rig.engine.scheduler.waiting)
         rig.engine.load.check_integrity()
     assert preempted > 0
     for request_id in range(6):
@@ -131,7 +131,7 @@ def test_the_latest_without_deadline_gives_way(rigs: list[EngineRig | EnginePair
     rig.decode(1, make_generation(prompt_of(7, 1), 20))
     rig.decode(2, make_generation(prompt_of(7, 2), 20))
     rig.decode(3, make_generation(prompt_of(7, 3), 20, deadline_s=50))
-    while not any(sequence.num_preemptions for sequence in rig.engine.scheduler.waiting):
+    while not any(sequence.num_recomputes for sequence in rig.engine.scheduler.waiting):
         assert rig.step()
     assert [sequence.request.id for sequence in rig.engine.scheduler.waiting] == [2]
     rig.run()
@@ -195,7 +195,7 @@ def test_blocks_of_an_accepted_ticket_are_never_taken(rigs: list[EngineRig | Eng
     preempted = False
     while not rig.of(messages.PrefillFinished):
         assert rig.step()
-        preempted |= any(sequence.num_preemptions for sequence in rig.engine.scheduler.waiting)
+        preempted |= any(sequence.num_recomputes for sequence in rig.engine.scheduler.waiting)
     assert preempted
     ticket = rig.the(messages.Accepted).ticket
     assert ticket is not None
@@ -248,3 +248,32 @@ def test_a_handoff_does_not_overtake_a_preempted_sequence(rigs: list[EngineRig |
     pair.run()
     for request_id, length, num_tokens in ((0, 7, 20), (1, 7, 20), (2, 2, 9)):
         assert pair.answer(request_id) == continuation(prompt_of(length, request_id), num_tokens)
+
+
+def test_a_shared_prefix_is_pinned_once(rigs: list[EngineRig | EnginePair]) -> None:
+    """Tickets of one long prefix fit under the cap as long as what they have of their own does (PROTOCOL B5)."""
+    rig = make_rig(rigs, role="prefill", kv_blocks=41, max_pinned_share=0.5, max_batched_tokens=64)  # 20 blocks
+    prefix = prompt_of(64)  # 16 blocks
+    rig.prefill(1, make_generation([*prefix, 1]), handoff=True)
+    rig.run()
+    for request_id in (2, 3, 4, 5):
+        rig.prefill(request_id, make_generation([*prefix, request_id]), handoff=True)
+    rig.run()
+    assert [event.id for event in rig.of(messages.Accepted)] == [1, 2, 3, 4]
+    assert rig.load().blocks_pinned == 20
+    for request_id in (1, 2, 3, 4, 5):
+        rig.abort(request_id)
+
+
+def test_a_prefix_that_newcomers_of_one_step_share_is_pinned_once(rigs: list[EngineRig | EnginePair]) -> None:
+    rig = make_rig(rigs, role="prefill", kv_blocks=41, max_pinned_share=0.5, max_batched_tokens=64)
+    prefix = prompt_of(64)
+    rig.prefill(1, make_generation([*prefix, 1]))  # no ticket: cached, not pinned
+    rig.run()
+    for request_id in (2, 3, 4, 5, 6):
+        rig.prefill(request_id, make_generation([*prefix, request_id]), handoff=True)
+    rig.step()
+    assert [event.id for event in rig.of(messages.Accepted)] == [1, 2, 3, 4, 5]
+    assert rig.load().blocks_pinned == 20
+    for request_id in (2, 3, 4, 5, 6):
+        rig.abort(request_id)

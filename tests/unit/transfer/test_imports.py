@@ -11,6 +11,7 @@ TORCH_FREE = [
     "lease",
     "fence",
     "region",
+    "host_memory",
     "memfd",
     "staging_slots",
     "descriptor_server",

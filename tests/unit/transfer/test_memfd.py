@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import mmap
 import os
-from pathlib import Path
 
 import pytest
 
 from kvrelay_core.errors import ConfigError
 from kvrelay_transfer import memfd
-from kvrelay_transfer.memfd import available_bytes, create_memfd, is_sealed, seal
+from kvrelay_transfer.host_memory import available_bytes
+from kvrelay_transfer.memfd import create_memfd, is_sealed, seal
 
 
 def test_memory_is_reserved_at_once() -> None:
@@ -54,19 +54,3 @@ def test_the_limit_of_the_control_group_counts(monkeypatch: pytest.MonkeyPatch) 
     os.close(create_memfd("test", 4096, ""))
     with pytest.raises(ConfigError):
         create_memfd("test", 4097, "")
-
-
-def test_headroom_is_read_for_every_group_up_to_the_root(tmp_path: Path) -> None:
-    membership = tmp_path / "cgroup"
-    membership.write_text("1:name=systemd:/x\n0::/pod/container\n")
-    for name, limit, used in (("pod", "1000", "400"), ("pod/container", "max", "300")):
-        group = tmp_path / "mount" / name
-        group.mkdir(parents=True)
-        (group / "memory.max").write_text(limit + "\n")
-        (group / "memory.current").write_text(used + "\n")
-        (group / "memory.stat").write_text("anon 1\ninactive_file 50\n")
-    assert memfd._cgroup_available_bytes(membership, tmp_path / "mount") == [650]
-
-
-def test_no_limit_is_no_bound(tmp_path: Path) -> None:
-    assert memfd._cgroup_available_bytes(tmp_path / "missing", tmp_path) == [2**63]
