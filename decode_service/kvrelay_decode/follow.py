@@ -8,11 +8,12 @@ stream is opened again and everything it says is cumulative. Knows nothing of bl
 from __future__ import annotations
 
 import asyncio
+import logging
 
 from kvrelay.v1 import common_pb2
 from kvrelay.v1 import kv_source_pb2 as pb
 from kvrelay_core.error_info import info_of
-from kvrelay_core.errors import HandoffError, KvRelayError, WorkerLostError
+from kvrelay_core.errors import HandoffError, InternalError, KvRelayError, WorkerLostError
 from kvrelay_core.rpc.status import error_from_detail
 from kvrelay_core.rpc.wire import first_token_from_wire
 from kvrelay_engine.messages import HandoffComplete, HandoffFailed, HandoffReady, ReleaseReason
@@ -22,6 +23,8 @@ from kvrelay_worker.peer_errors import RETRY_PAUSE_S, peer_errors
 from kvrelay_worker.peers import PeerBook
 from kvrelay_worker.wire import group_blocks_from_wire, release_reason_to_wire, ticket_to_wire
 from kvrelay_worker.worker import Worker
+
+log = logging.getLogger(__name__)
 
 OUTBOX_LIMIT = 64  # beats that the source may be behind
 RELEASE_LINGER_S = 2.0  # for the source to take note of a release
@@ -65,9 +68,18 @@ class HandoffFollow:
     async def _run(self) -> None:
         try:
             await self._follow_until_released()
+        except _SourceFailedError as failed:
+            self._fail(failed.error)
         except KvRelayError as error:
-            if not self._is_released:
-                self._worker.engine.notify(HandoffFailed(self._request_id, info_of(error)))
+            self._fail(error)
+        except Exception as error:
+            log.exception("the follow of request %d broke", self._request_id)
+            self._fail(InternalError(f"unexpected {type(error).__name__} while following; see decode's log"))
+
+    def _fail(self, error: KvRelayError) -> None:
+        """Whatever ended the Follow, the engine hears of it: nobody else ends its wait."""
+        if not self._is_released:
+            self._worker.engine.notify(HandoffFailed(self._request_id, info_of(error)))
 
     async def _follow_until_released(self) -> None:
         """Raises what ended the Follow, WorkerLostError once the source has been away for too long."""
@@ -88,20 +100,21 @@ class HandoffFollow:
 
     async def _follow_once(self, limit: asyncio.Timeout) -> None:
         stub = await self._peers.connect(self._ticket)
-        outbox = self._outbox = Outbox(OUTBOX_LIMIT)
         reader = common_pb2.WorkerRef(worker_id=self._worker.config.worker_id, address=self._worker.address)
+        outbox: Outbox[pb.FollowRequest] = Outbox(OUTBOX_LIMIT)
         outbox.put(pb.FollowRequest(open=pb.FollowOpen(ticket=ticket_to_wire(self._ticket), reader=reader)))
-        call = stub.Follow(outbox, wait_for_ready=True)
-        self._worker.streams.enter()
-        try:
-            with peer_errors(self._ticket.source_address):
+        with peer_errors(self._ticket.source_address):
+            call = stub.Follow(outbox, wait_for_ready=True)
+            self._outbox = outbox
+            self._worker.streams.enter()
+            try:
                 async for response in call:
                     self._hear(response, limit)
-        finally:
-            self._outbox = None
-            outbox.close()
-            call.cancel()
-            self._worker.streams.leave()
+            finally:
+                self._outbox = None
+                outbox.close()
+                call.cancel()
+                self._worker.streams.leave()
         if not self._is_released:
             raise HandoffError(f"{self._ticket.source_address} ended the Follow without a reason")
 
@@ -118,7 +131,15 @@ class HandoffFollow:
             case "complete":
                 self._worker.engine.send(_complete(self._request_id, response.complete))
             case "failed":
-                raise error_from_detail(response.failed)
+                raise _SourceFailedError(error_from_detail(response.failed))
+
+
+class _SourceFailedError(Exception):
+    """The source itself ended the hand-off: final, also where it says that its engine is lost."""
+
+    def __init__(self, error: KvRelayError) -> None:
+        super().__init__(error.message)
+        self.error = error
 
 
 def _complete(request_id: int, wire: pb.FollowComplete) -> HandoffComplete:

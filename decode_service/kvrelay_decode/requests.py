@@ -20,6 +20,7 @@ from kvrelay_core.errors import (
     InvalidRequestError,
     KvRelayError,
     OverloadedError,
+    RequestCancelledError,
     SupersededError,
     UnavailableError,
 )
@@ -82,7 +83,7 @@ class DecodeRequests:
         engine.on(messages.HandedBack, self._on_handed_back)
         engine.on(messages.RequestFailed, self._on_failed)
         engine.on(messages.Beat, self._on_beat)
-        engine.on_loss(self._on_loss)
+        engine.on_loss(self.fail_all)
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -164,6 +165,11 @@ class DecodeRequests:
         for request in [request for request in self._by_id.values() if request.receiver is receiver]:
             self._abort(request, reason)
 
+    def fail_all(self, error: KvRelayError) -> None:
+        """This worker cannot serve any of them any more, and says why."""
+        for request in list(self._by_id.values()):
+            self._fail(request, error)
+
     # ------------------------------------------------------------------------------- what the engine says
 
     def _on_step(self, step: messages.StepTokens) -> None:
@@ -231,9 +237,7 @@ class DecodeRequests:
         request = self._by_id.get(event.id)
         if request is None:
             return
-        # Where there was only no room, another decode worker may still read the ticket (PROTOCOL B6).
-        refused = isinstance(error_of(event.error), OverloadedError | UnavailableError)
-        _release(request, ReleaseReason.REFUSED if refused else ReleaseReason.FAILED)
+        _release(request, _reason_for(error_of(event.error)))
         self._tell_ending(request, pb.DecodeEvent(failed=error_info_to_wire(event.error)), is_last=True)
 
     def _on_beat(self, beat: messages.Beat) -> None:
@@ -243,10 +247,6 @@ class DecodeRequests:
                 self._forget(request)
             elif request.follow is not None:
                 request.follow.beat(beat.pulled.get(request.id, 0))
-
-    def _on_loss(self, error: KvRelayError) -> None:
-        for request in list(self._by_id.values()):
-            self._fail(request, error)
 
     # ------------------------------------------------------------------------------------------- internal
 
@@ -276,6 +276,7 @@ class DecodeRequests:
         request.endings.append(event)
         request.receiver.put_event(request.handle, event)
         if is_last:
+            _release(request, ReleaseReason.CANCELLED)  # normally the engine did, when it had pulled everything
             request.is_over = True
             request.forget_at_s = self._worker.clock.now() + 2 * self._worker.config.session_grace_s
             request.receiver.end(request.handle)
@@ -285,9 +286,11 @@ class DecodeRequests:
         if not request.is_over:
             request.receiver.put_event(request.handle, pb.DecodeEvent(failed=error_to_detail(error)))
             request.receiver.end(request.handle)
+        _release(request, _reason_for(error))
         self._abort(request, error.reason)
 
     def _abort(self, request: DecodeRequest, reason: str) -> None:
+        """Nobody wants it any more."""
         _release(request, ReleaseReason.CANCELLED)
         if not request.is_over:
             self._worker.engine.notify(messages.Abort(request.id, reason))
@@ -303,3 +306,15 @@ def _release(request: DecodeRequest, reason: ReleaseReason) -> None:
     if request.follow is not None:
         request.follow.release(reason)
         request.follow = None
+
+
+def _reason_for(error: KvRelayError) -> ReleaseReason:
+    """Where only this worker cannot read the ticket, the router offers it to another one (PROTOCOL B6): it must
+    not be freed."""
+    match error:
+        case OverloadedError() | UnavailableError():
+            return ReleaseReason.REFUSED
+        case SupersededError() | RequestCancelledError():
+            return ReleaseReason.CANCELLED
+        case _:
+            return ReleaseReason.FAILED

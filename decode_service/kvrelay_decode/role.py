@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvrelay.v1 import decode_pb2_grpc
+from kvrelay_core.errors import KvRelayError
 from kvrelay_core.rpc.server import RpcServer
 from kvrelay_decode.requests import DecodeRequests
 from kvrelay_decode.servicer import DecodeServicer
@@ -11,11 +12,14 @@ from kvrelay_worker.peers import PeerBook
 from kvrelay_worker.server import Role
 from kvrelay_worker.worker import Worker
 
+FAREWELL_S = 0.5
+
 
 class DecodeRole(Role):
     service_names = ("kvrelay.v1.DecodeService",)
 
     def __init__(self, worker: Worker) -> None:
+        self._worker = worker
         self.peers = PeerBook(worker)
         self.fetches = FetchClient(worker, self.peers)
         self.requests = DecodeRequests(worker, self.peers)
@@ -24,5 +28,11 @@ class DecodeRole(Role):
     def add_to(self, server: RpcServer) -> None:
         decode_pb2_grpc.add_DecodeServiceServicer_to_server(self.servicer, server.server)
 
+    def end_all(self, error: KvRelayError) -> None:
+        self.requests.fail_all(error)
+        self.servicer.end_all(error)
+
     async def close(self) -> None:
+        # Tickets that were given back are only worth something if their sources hear of it.
+        await self._worker.request_tasks.settle(FAREWELL_S)
         await self.peers.close()

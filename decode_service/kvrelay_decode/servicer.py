@@ -14,7 +14,7 @@ from kvrelay_core.rpc.wire import attempt_from_wire, choice_state_from_wire, gen
 from kvrelay_decode.requests import DecodeRequests, Receiver
 from kvrelay_worker.outbox import Outbox
 from kvrelay_worker.sessions import Session, SessionBook
-from kvrelay_worker.stream_end import Context, at_stream_end, until_stream_end
+from kvrelay_worker.stream_end import Context, at_stream_end, guard_stream, until_stream_end
 from kvrelay_worker.wire import ticket_from_wire
 from kvrelay_worker.worker import Worker
 
@@ -72,10 +72,11 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
     async def Session(
         self, request_iterator: SessionRequests, context: Context
     ) -> AsyncIterator[pb.DecodeServiceSessionResponse]:
-        session = self._sessions.open(await self._sessions.read_hello(request_iterator))
+        session = await self._sessions.open(request_iterator)
         receiver = self._receivers[session] = _SessionReceiver(session)
         session.outbox.put(pb.DecodeServiceSessionResponse(welcome=self._sessions.welcome()))
-        reader = self._worker.tasks.spawn(self._read(receiver, request_iterator), "session reader")
+        reading = guard_stream(session.outbox, self._read, receiver, request_iterator)
+        reader = self._worker.tasks.spawn(reading, "session reader")
 
         def end() -> None:
             reader.cancel()
@@ -120,6 +121,10 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
     def _on_gone(self, session: DecodeSession) -> None:
         self._requests.leave(self._receivers.pop(session), "the router's session is gone")
 
+    def end_all(self, error: KvRelayError) -> None:
+        """Ends every session, with the error."""
+        self._sessions.end_all(error)
+
     # -------------------------------------------------------------------------------------- single requests
 
     async def Decode(
@@ -130,7 +135,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         receiver = _StreamReceiver(self._requests)
         self._open(start, receiver, handle=0)
         self._worker.streams.enter()
-        reader = self._worker.request_tasks.spawn(self._read_stream(receiver, request_iterator), "decode reader")
+        reading = guard_stream(receiver.outbox, self._read_stream, receiver, request_iterator)
+        reader = self._worker.request_tasks.spawn(reading, "decode reader")
 
         def end() -> None:
             reader.cancel()

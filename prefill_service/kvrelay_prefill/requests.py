@@ -1,15 +1,15 @@
 """The prefill requests of this worker and what becomes of each: between routers' streams and the engine.
 
     open -> Queued* -> Accepted{ticket} -> Finished | failed
-A record outlives `Finished` while the router's stream is the lease of its ticket (PROTOCOL B2): until a reader has
-released it, the router releases or cancels it or is gone, or the lease's own caps have passed.
+A record outlives `Finished` while the lease of its ticket lives (PROTOCOL B2), unless the router releases or cancels
+it or is gone; and for the grace, so that a router whose session was lost just then is told again. A request that has
+lost its router goes on computing for the reader that follows it, and no longer.
 
 What a router cancels, it is told no more about.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -20,7 +20,9 @@ from kvrelay_core.request import AttemptId, Generation
 from kvrelay_core.rpc.status import error_to_detail
 from kvrelay_core.rpc.wire import first_token_to_wire, usage_to_wire
 from kvrelay_engine import messages
+from kvrelay_prefill.lease_watch import LeaseWatch
 from kvrelay_worker.attempts import AttemptTable
+from kvrelay_worker.follows import FollowEnd
 from kvrelay_worker.wire import error_info_to_wire, ticket_to_wire
 from kvrelay_worker.worker import Worker
 
@@ -35,18 +37,23 @@ class Receiver(Protocol):
 class PrefillRequest:
     id: int
     attempt: AttemptId
-    receiver: Receiver
+    receiver: Receiver | None  # None: the router is gone for good, or has no use for it
     handle: int
+    lease: LeaseWatch
     told: list[pb.PrefillResponse] = field(default_factory=list)  # again, to a router that comes back
     is_finished: bool = False
-    lease_s: float = 0.0  # how long the ticket can live after Finished
-    forget_at_s: float = 0.0  # once finished
+    replay_until_s: float = 0.0  # once finished
+
+    def put(self, event: pb.PrefillResponse) -> None:
+        if self.receiver is not None:
+            self.receiver.put(self.handle, event)
 
 
 class PrefillRequests:
-    def __init__(self, worker: Worker, is_followed: Callable[[AttemptId], bool]) -> None:
+    """Is a `FollowObserver` of its tickets."""
+
+    def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self._is_followed = is_followed
         self._attempts: AttemptTable[PrefillRequest] = AttemptTable(worker.clock)
         self._by_id: dict[int, PrefillRequest] = {}
         self._by_handle: dict[tuple[Receiver, int], PrefillRequest] = {}
@@ -56,8 +63,8 @@ class PrefillRequests:
         engine.on(messages.Accepted, self._on_accepted)
         engine.on(messages.PrefillFinished, self._on_finished)
         engine.on(messages.RequestFailed, lambda event: self._end(event.id, error_info_to_wire(event.error)))
-        engine.on(messages.Beat, lambda _: self._forget_expired())
-        engine.on_loss(self._on_loss)
+        engine.on(messages.Beat, lambda _: self._settle_all())
+        engine.on_loss(self.fail_all)
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -73,14 +80,15 @@ class PrefillRequests:
         """
         known = self._attempts.find(attempt)
         if known is not None:
-            self._by_handle.pop((known.receiver, known.handle), None)
+            self._detach(known)
             known.receiver, known.handle = receiver, handle
             self._by_handle[receiver, handle] = known
             for event in known.told:
                 receiver.put(handle, event)
             return known
         self._worker.check_accepting()
-        request = PrefillRequest(next(self._worker.request_ids), attempt, receiver, handle)
+        lease = LeaseWatch(self._worker.clock)
+        request = PrefillRequest(next(self._worker.request_ids), attempt, receiver, handle, lease)
         self._worker.engine.send(messages.Prefill(request.id, attempt, generation, handoff))
         superseded = self._attempts.begin(attempt, request)
         self._by_id[request.id] = request
@@ -106,16 +114,37 @@ class PrefillRequests:
         if request is not None:
             self._close_stream(request)
 
-    def released_by_reader(self, attempt: AttemptId) -> None:
-        """A reader gave the pins back: the router's stream does not hold them any more."""
-        request = self._find(attempt)
-        if request is not None and request.is_finished:
-            self._forget(request)
-
     def leave(self, receiver: Receiver) -> None:
         """The stream of a router is gone for good: what no reader follows is freed."""
         for request in [request for request in self._by_id.values() if request.receiver is receiver]:
             self._close_stream(request)
+
+    def fail_all(self, error: KvRelayError) -> None:
+        """This worker cannot serve any of them any more, and says why."""
+        for request in list(self._by_id.values()):
+            if not request.is_finished:
+                request.put(pb.PrefillResponse(failed=error_to_detail(error)))
+            self._abort(request, error.reason)
+
+    # ---------------------------------------------------------------------------------- what readers do
+
+    def on_followed(self, attempt: AttemptId) -> None:
+        request = self._find(attempt)
+        if request is not None:
+            request.lease.followed()
+
+    def on_unfollowed(self, attempt: AttemptId, end: FollowEnd) -> None:
+        request = self._find(attempt)
+        if request is None:
+            return
+        match end:
+            case FollowEnd.LOST:
+                request.lease.lost()
+            case FollowEnd.REFUSED if request.receiver is not None:
+                request.lease.refused()
+            case _:
+                request.lease.ended()
+        self._settle(request)
 
     # ------------------------------------------------------------------------------- what the engine says
 
@@ -123,14 +152,14 @@ class PrefillRequests:
         request = self._by_id.get(event.id)
         if request is not None:
             # Not kept: it is out of date when a router comes back.
-            request.receiver.put(request.handle, pb.PrefillResponse(queued=pb.PrefillQueued(eta_s=event.eta_s)))
+            request.put(pb.PrefillResponse(queued=pb.PrefillQueued(eta_s=event.eta_s)))
 
     def _on_accepted(self, event: messages.Accepted) -> None:
         ticket = None if event.ticket is None else ticket_to_wire(event.ticket)
         accepted = pb.PrefillAccepted(ticket=ticket, cached_tokens=event.cached_tokens)
         request = self._tell(event.id, pb.PrefillResponse(accepted=accepted))
         if request is not None and event.ticket is not None:
-            request.lease_s = max(event.ticket.lease.first_follow_s, event.ticket.lease.wall_cap_s)
+            request.lease.granted(event.ticket.lease)
 
     def _on_finished(self, event: messages.PrefillFinished) -> None:
         finished = pb.PrefillFinished(
@@ -143,9 +172,9 @@ class PrefillRequests:
         if request is None:
             return
         request.is_finished = True
-        # Without a ticket it is kept for the grace, so that a lost session can still learn the answer.
-        keep_s = max(request.lease_s, 2 * self._worker.config.session_grace_s)
-        request.forget_at_s = self._worker.clock.now() + keep_s
+        request.replay_until_s = self._worker.clock.now() + 2 * self._worker.config.session_grace_s
+        if request.receiver is None:
+            self._forget(request)  # the Follow holds the ticket by itself
 
     def _end(self, request_id: int, detail: ErrorDetail) -> None:
         request = self._tell(request_id, pb.PrefillResponse(failed=detail))
@@ -156,14 +185,14 @@ class PrefillRequests:
         request = self._by_id.get(request_id)
         if request is not None:
             request.told.append(event)
-            request.receiver.put(request.handle, event)
+            request.put(event)
         return request
 
     # ------------------------------------------------------------------------------------------- endings
 
     def _supersede(self, request: PrefillRequest, by: AttemptId) -> None:
         error = SupersededError(f"attempt {request.attempt.attempt} was superseded by attempt {by.attempt}")
-        request.receiver.put(request.handle, pb.PrefillResponse(failed=error_to_detail(error)))
+        request.put(pb.PrefillResponse(failed=error_to_detail(error)))
         self._abort(request, "superseded")
 
     def _abort(self, request: PrefillRequest, reason: str) -> None:
@@ -171,32 +200,39 @@ class PrefillRequests:
         self._worker.engine.notify(messages.Abort(request.id, reason))
 
     def _close_stream(self, request: PrefillRequest) -> None:
-        if request.is_finished or self._is_followed(request.attempt):
-            self._worker.engine.notify(messages.PrefillStreamClosed(request.id))
+        """The router's stream does not hold the ticket any more."""
+        self._worker.engine.notify(messages.PrefillStreamClosed(request.id))
+        if request.is_finished:
             self._forget(request)
-        else:
-            self._abort(request, "the router's stream is gone")
+            return
+        self._detach(request)
+        request.receiver = None
+        self._settle(request)
+
+    def _settle(self, request: PrefillRequest) -> None:
+        """Ends what nobody has a use for any more."""
+        if not request.is_finished:
+            if request.receiver is None and not request.lease.has_reader:
+                self._abort(request, "its router is gone and no reader follows it")
+        elif request.lease.is_over and request.replay_until_s <= self._worker.clock.now():
+            self._forget(request)
+
+    def _settle_all(self) -> None:
+        """What ends by its time ends at one of the engine's beats."""
+        for request in list(self._by_id.values()):
+            self._settle(request)
+
+    def _detach(self, request: PrefillRequest) -> None:
+        if request.receiver is not None:
+            self._by_handle.pop((request.receiver, request.handle), None)
 
     def _forget(self, request: PrefillRequest) -> None:
         self._by_id.pop(request.id, None)
-        self._by_handle.pop((request.receiver, request.handle), None)
+        self._detach(request)
         self._attempts.end(request.attempt)
-
-    def _forget_expired(self) -> None:
-        """The lease's caps have ended it in the engine."""
-        now_s = self._worker.clock.now()
-        for request in [request for request in self._by_id.values() if request.is_finished]:
-            if request.forget_at_s <= now_s:
-                self._forget(request)
 
     def _find(self, attempt: AttemptId) -> PrefillRequest | None:
         try:
             return self._attempts.find(attempt)
         except KvRelayError:
-            return None  # superseded, cancelled or over: nothing to release
-
-    def _on_loss(self, error: KvRelayError) -> None:
-        for request in list(self._by_id.values()):
-            if not request.is_finished:
-                request.receiver.put(request.handle, pb.PrefillResponse(failed=error_to_detail(error)))
-            self._forget(request)
+            return None  # superseded, cancelled or over

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvrelay.v1 import kv_source_pb2_grpc, prefill_pb2_grpc
-from kvrelay_core.request import AttemptId
+from kvrelay_core.errors import KvRelayError
 from kvrelay_core.rpc.server import RpcServer
 from kvrelay_prefill.requests import PrefillRequests
 from kvrelay_prefill.servicer import PrefillServicer
@@ -16,16 +16,18 @@ class PrefillRole(Role):
     service_names = ("kvrelay.v1.PrefillService", "kvrelay.v1.KvSourceService")
 
     def __init__(self, worker: Worker) -> None:
-        self.kv_source = KvSourceServicer(worker, on_released=self._on_released)
-        self.requests = PrefillRequests(worker, self.kv_source.follows.is_followed)
+        self.requests = PrefillRequests(worker)
+        self.kv_source = KvSourceServicer(worker, self.requests)
         self.servicer = PrefillServicer(worker, self.requests)
 
     def add_to(self, server: RpcServer) -> None:
         prefill_pb2_grpc.add_PrefillServiceServicer_to_server(self.servicer, server.server)
         kv_source_pb2_grpc.add_KvSourceServiceServicer_to_server(self.kv_source, server.server)
 
-    def _on_released(self, attempt: AttemptId) -> None:
-        self.requests.released_by_reader(attempt)
+    def end_all(self, error: KvRelayError) -> None:
+        self.requests.fail_all(error)
+        self.kv_source.follows.end_all(error)
+        self.servicer.end_all(error)
 
     async def close(self) -> None:
         """Everything it has is the worker's tasks."""

@@ -13,7 +13,7 @@ from kvrelay_core.rpc.wire import attempt_from_wire, generation_from_wire
 from kvrelay_prefill.requests import PrefillRequests
 from kvrelay_worker.outbox import Outbox
 from kvrelay_worker.sessions import Session, SessionBook
-from kvrelay_worker.stream_end import Context, at_stream_end, until_stream_end
+from kvrelay_worker.stream_end import Context, at_stream_end, guard_stream, until_stream_end
 from kvrelay_worker.worker import Worker
 
 SESSION_LIMIT = 4096  # messages that a router may be behind
@@ -61,10 +61,11 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
     async def Session(
         self, request_iterator: Requests, context: Context
     ) -> AsyncIterator[pb.PrefillServiceSessionResponse]:
-        session = self._sessions.open(await self._sessions.read_hello(request_iterator))
+        session = await self._sessions.open(request_iterator)
         receiver = self._receivers[session] = _SessionReceiver(session)
         session.outbox.put(pb.PrefillServiceSessionResponse(welcome=self._sessions.welcome()))
-        reader = self._worker.tasks.spawn(self._read(receiver, request_iterator), "session reader")
+        reading = guard_stream(session.outbox, self._read, receiver, request_iterator)
+        reader = self._worker.tasks.spawn(reading, "session reader")
 
         def end() -> None:
             reader.cancel()
@@ -111,6 +112,10 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
 
     def _on_gone(self, session: PrefillSession) -> None:
         self._requests.leave(self._receivers.pop(session))
+
+    def end_all(self, error: KvRelayError) -> None:
+        """Ends every session, with the error."""
+        self._sessions.end_all(error)
 
     # -------------------------------------------------------------------------------------- single requests
 

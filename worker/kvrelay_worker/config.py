@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ipaddress
+import ssl
+from pathlib import Path
 from typing import Literal
 
 import msgspec
 from msgspec import Struct
 
 from kvrelay_core.errors import ConfigError
+from kvrelay_core.rpc.channel import TlsFiles
 from kvrelay_engine.config import EngineConfig
 
 
@@ -25,6 +28,12 @@ class WorkerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     # Sources that decode may dial: `host:port`, or `host` for any port of it. Empty: loopback only.
     peers: tuple[str, ...] = ()
 
+    # PEM files, all or none: every caller and every peer must then show a certificate that the CA has signed.
+    tls_certificate: str = ""
+    tls_key: str = ""
+    tls_ca: str = ""
+    allow_insecure: bool = False  # listen beyond loopback without TLS
+
     drain_s: float = 30.0  # how long running requests may take to end after SIGTERM
     start_timeout_s: float = 600.0  # loading a model
     hung_after_s: float = 30.0  # without a word from the engine's loop; a step on a slow CPU may take seconds
@@ -33,8 +42,23 @@ class WorkerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     call_timeout_s: float = 5.0  # handshakes and single answers
     fetch_timeout_s: float = 30.0  # one piece of a read over the socket
 
+    @property
+    def tls(self) -> TlsFiles | None:
+        if not self.tls_certificate:
+            return None
+        return TlsFiles(Path(self.tls_certificate), Path(self.tls_key), Path(self.tls_ca))
+
     def validate(self) -> None:
         """Raises ConfigError that names the field and what to change."""
+        self._check_address()
+        self._check_tls()
+        for name in self.__struct_fields__:
+            if name.endswith("_s") and not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be above 0 seconds", field=name)
+        if self.engine.staging_slots < 2:
+            raise ConfigError("staging_slots must be at least 2: one to send from, one to receive into")
+
+    def _check_address(self) -> None:
         if not self.worker_id or "/" in self.worker_id:
             raise ConfigError("worker_id must be a name without slashes", field="worker_id")
         if not 0 <= self.port <= 65535:
@@ -45,11 +69,19 @@ class WorkerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
                 "where other workers reach this one",
                 field="advertise",
             )
-        for name in self.__struct_fields__:
-            if name.endswith("_s") and not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be above 0 seconds", field=name)
-        if self.engine.staging_slots < 2:
-            raise ConfigError("staging_slots must be at least 2: one to send from, one to receive into")
+
+    def _check_tls(self) -> None:
+        given = [bool(name) for name in (self.tls_certificate, self.tls_key, self.tls_ca)]
+        if any(given) and not all(given):
+            raise ConfigError("TLS needs all of --tls-cert, --tls-key and --tls-ca", field="tls_certificate")
+        if self.tls is not None:
+            _check_pem_files(self.tls)
+        elif not is_loopback(self.host) and not self.allow_insecure:
+            raise ConfigError(
+                f"host {self.host} can be reached from other machines, and nobody would be asked for a certificate; "
+                "give --tls-cert, --tls-key and --tls-ca, or say --allow-insecure on a network that you trust",
+                field="allow_insecure",
+            )
 
     def address_for(self, bound_port: int) -> str:
         """Where other workers reach this one."""
@@ -70,6 +102,30 @@ class WorkerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         )
         config.validate()
         return config
+
+
+def is_loopback(host: str) -> bool:
+    """False for names that only the resolver knows."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _check_pem_files(tls: TlsFiles) -> None:
+    """gRPC says nothing of what is wrong with them."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(tls.certificate, tls.key, password="")  # never asks for one
+    except (OSError, ValueError) as error:
+        files = f"--tls-cert {tls.certificate} and --tls-key {tls.key}"
+        raise ConfigError(f"{files} are not a certificate and its key: {error}", field="tls_certificate") from error
+    try:
+        context.load_verify_locations(tls.ca)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--tls-ca {tls.ca} is no certificate: {error}", field="tls_ca") from error
 
 
 def _is_wildcard(host: str) -> bool:

@@ -23,6 +23,7 @@ from kvrelay_core.error_info import error_of
 from kvrelay_core.errors import ConfigError, DeadlineError, WorkerLostError
 from kvrelay_engine import messages
 from kvrelay_engine.config import EngineConfig
+from kvrelay_transfer.copy_tuning import copy_environment
 from kvrelay_worker.engine_link import EngineLink
 from kvrelay_worker.tasks import TaskOwner
 
@@ -75,7 +76,11 @@ class EngineClient(EngineLink):
         path.write_text(config.to_json())
         self._first = asyncio.get_running_loop().create_future()
         self._process = await asyncio.create_subprocess_exec(
-            *self._command, "--config", str(path), stdin=asyncio.subprocess.DEVNULL
+            *self._command,
+            "--config",
+            str(path),
+            stdin=asyncio.subprocess.DEVNULL,
+            env=copy_environment(os.environ),
         )
         self._tasks.spawn(self._receive(), "engine events")
         self._tasks.spawn(self._watch_exit(self._process), "engine exit")

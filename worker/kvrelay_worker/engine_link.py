@@ -8,21 +8,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from kvrelay_core.errors import DeadlineError, KvRelayError, UnavailableError, WorkerLostError
+from kvrelay_core.errors import DeadlineError, InternalError, KvRelayError, UnavailableError, WorkerLostError
 from kvrelay_engine import messages
 from kvrelay_engine.config import EngineConfig
+
+log = logging.getLogger(__name__)
 
 E = TypeVar("E", bound=messages.Event)
 T = TypeVar("T")
 
 
 class EngineLink(ABC):
-    """Handlers are called in the order of the events, on the event loop, and must not block or raise."""
+    """Handlers are called in the order of the events, on the event loop, and must not block. One that raises is a
+    bug that has left its bookkeeping in an unknown state: the engine counts as lost, and the worker starts anew."""
 
     def __init__(self) -> None:
         self._handlers: defaultdict[type[messages.Event], list[Callable[[Any], None]]] = defaultdict(list)
@@ -72,15 +76,23 @@ class EngineLink(ABC):
             self._started = event
         elif isinstance(event, messages.Beat):
             self.load = event.load
-        for handler in self._handlers[type(event)]:
-            handler(event)
+        try:
+            for handler in self._handlers[type(event)]:
+                handler(event)
+        except Exception as error:
+            name = type(event).__name__
+            log.exception("the service could not take a %s of its engine", name)
+            self.declare_lost(InternalError(f"unexpected {type(error).__name__} at a {name}; see the worker's log"))
 
     def declare_lost(self, error: KvRelayError) -> None:
         if self.loss is not None:
             return
         self.loss = error
         for handler in self._loss_handlers:
-            handler(error)
+            try:
+                handler(error)
+            except Exception:
+                log.exception("a part of the service could not take the loss of its engine")
 
 
 class PendingCalls(Generic[T]):

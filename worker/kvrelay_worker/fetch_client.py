@@ -7,11 +7,13 @@ copies each piece out of its slot, compares the words and answers SlotFree. Know
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from kvrelay.v1 import kv_source_pb2 as pb
 from kvrelay_core.error_info import info_of
-from kvrelay_core.errors import KvRelayError, RequestCancelledError, TransferError, WorkerLostError
+from kvrelay_core.errors import InternalError, KvRelayError, RequestCancelledError, TransferError, WorkerLostError
 from kvrelay_engine.messages import Fetch, FetchAbort, FetchedPiece, FetchEnded, SlotFree
 from kvrelay_worker.peer_errors import RETRY_PAUSE_S, peer_errors
 from kvrelay_worker.peers import PeerBook
@@ -19,16 +21,25 @@ from kvrelay_worker.staging import Staging
 from kvrelay_worker.wire import ticket_to_wire
 from kvrelay_worker.worker import Worker
 
+log = logging.getLogger(__name__)
+
 PIECES_IN_FLIGHT = 2
+
+
+@dataclass(slots=True)
+class _Read:
+    task: asyncio.Task[None]
+    error: KvRelayError | None = field(default_factory=lambda: RequestCancelledError("the read was aborted"))
 
 
 class FetchClient:
     def __init__(self, worker: Worker, peers: PeerBook) -> None:
         self._worker = worker
         self._peers = peers
-        self._reads: dict[int, asyncio.Task[None]] = {}
+        self._reads: dict[int, _Read] = {}
         worker.engine.on(Fetch, self._on_fetch)
         worker.engine.on(FetchAbort, self._on_abort)
+        worker.engine.on_loss(self._on_loss)
         worker.engine.on(SlotFree, lambda event: self._staging.imports.release(event.slot))
 
     @property
@@ -36,30 +47,34 @@ class FetchClient:
         return self._worker.slots
 
     def _on_fetch(self, fetch: Fetch) -> None:
-        task = self._worker.request_tasks.spawn(self._run(fetch), f"fetch {fetch.read}")
-        self._reads[fetch.read] = task
-        task.add_done_callback(lambda _: self._end(fetch.read))
+        read = _Read(self._worker.request_tasks.spawn(self._run(fetch), f"fetch {fetch.read}"))
+        self._reads[fetch.read] = read
+        read.task.add_done_callback(lambda _: self._end(fetch.read))
 
     def _on_abort(self, abort: FetchAbort) -> None:
-        task = self._reads.get(abort.read)
-        if task is not None:
-            task.cancel()
+        read = self._reads.get(abort.read)
+        if read is not None:
+            read.task.cancel()
 
-    def _end(self, read: int) -> None:
-        del self._reads[read]
+    def _on_loss(self, error: KvRelayError) -> None:
+        for read in self._reads.values():
+            read.task.cancel()
+
+    def _end(self, number: int) -> None:
+        """The task is over, if it ever ran: every piece's slot is the engine's or free again by now."""
+        read = self._reads.pop(number)
+        self._worker.engine.notify(FetchEnded(number, None if read.error is None else info_of(read.error)))
 
     async def _run(self, fetch: Fetch) -> None:
-        error: KvRelayError | None = None
+        read = self._reads[fetch.read]
         try:
             await self._fetch_all(fetch)
-        except asyncio.CancelledError:
-            error = RequestCancelledError("the read was aborted")
-            raise
-        except KvRelayError as failed:
-            error = failed
-        finally:
-            # Every piece's slot is the engine's or free again by now.
-            self._worker.engine.notify(FetchEnded(fetch.read, None if error is None else info_of(error)))
+            read.error = None
+        except KvRelayError as error:
+            read.error = error
+        except Exception as error:
+            log.exception("read %d from %s broke", fetch.read, fetch.peer_id)
+            read.error = InternalError(f"unexpected {type(error).__name__} during a read; see the worker's log")
 
     async def _fetch_all(self, fetch: Fetch) -> None:
         permits = asyncio.Semaphore(PIECES_IN_FLIGHT)
@@ -73,7 +88,7 @@ class FetchClient:
             async with asyncio.TaskGroup() as group:
                 for first in range(0, len(fetch.blocks), step):
                     group.create_task(run_piece(first))
-        except* KvRelayError as failed:
+        except ExceptionGroup as failed:
             raise _first_leaf(failed.exceptions) from failed
 
     async def _fetch_piece(self, fetch: Fetch, first: int, blocks: Sequence[int]) -> None:
@@ -111,8 +126,8 @@ class FetchClient:
         expected_bytes = len(blocks) * self._staging.block_bytes
         received_bytes = 0
         request = pb.FetchRequest(ticket=ticket_to_wire(fetch.ticket), group=fetch.group, blocks=blocks)
-        self._worker.streams.enter()
         call = stub.Fetch(request, wait_for_ready=True)
+        self._worker.streams.enter()
         try:
             async for response in call:
                 if received_bytes + len(response.data) > expected_bytes:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
+from enum import Enum
+from typing import Any, Protocol
 
 from kvrelay.v1 import kv_source_pb2 as pb
-from kvrelay_core.errors import KvRelayError
-from kvrelay_core.request import AttemptId
+from kvrelay_core.errors import KvRelayError, SupersededError
+from kvrelay_core.request import AttemptId, ErrorInfo
 from kvrelay_core.rpc.status import error_to_detail
 from kvrelay_core.rpc.wire import first_token_to_wire
 from kvrelay_engine import messages
@@ -23,6 +23,23 @@ from kvrelay_worker.wire import error_info_to_wire, group_blocks_to_wire, lease_
 
 # A reader that does not read its Follow is as good as lost; Ready is cumulative and rare.
 FOLLOW_OUTBOX_LIMIT = 1024
+
+
+class FollowEnd(Enum):
+    """What the end of a Follow does to the lease of its ticket."""
+
+    ENDED = "ended"  # the pins are free
+    REFUSED = "refused"  # back with the router's stream, for another reader
+    LOST = "lost"  # the transport broke: a reader may come back within the grace
+
+
+class FollowObserver(Protocol):
+    """Told of the readers of each attempt's ticket; not of those whose ticket was rejected."""
+
+    def on_followed(self, attempt: AttemptId) -> None: ...
+
+    def on_unfollowed(self, attempt: AttemptId, end: FollowEnd) -> None:
+        """The last reader has left, or the ticket was released by a call."""
 
 
 class FollowStream:
@@ -38,34 +55,32 @@ class FollowStream:
 
     def release(self, reason: messages.ReleaseReason) -> None:
         """The reader left on purpose."""
-        self._book.leave(self, messages.FollowRelease(self.number, reason))
+        is_refused = reason is messages.ReleaseReason.REFUSED
+        end = FollowEnd.REFUSED if is_refused else FollowEnd.ENDED
+        self._book.leave(self, messages.FollowRelease(self.number, reason), end)
         self.outbox.close()
 
     def lose(self) -> None:
         """The transport ended. Without effect after a release or a failure."""
-        self._book.leave(self, messages.FollowLost(self.number))
+        self._book.leave(self, messages.FollowLost(self.number), FollowEnd.LOST)
         self.outbox.close()
 
 
 class FollowBook:
-    def __init__(self, engine: EngineLink, on_released: Callable[[AttemptId], None] | None = None) -> None:
-        """`on_released` is told of attempts whose ticket no reader will come back for."""
+    def __init__(self, engine: EngineLink, observer: FollowObserver | None = None) -> None:
         self._engine = engine
-        self._on_released = on_released
+        self._observer = observer
         self._numbers = itertools.count(1)
         self._streams: dict[int, FollowStream] = {}
         self._followed: Counter[AttemptId] = Counter()
         engine.on(messages.FollowAttached, self._on_attached)
         engine.on(messages.FollowReady, self._on_ready)
         engine.on(messages.FollowComplete, self._on_complete)
-        engine.on(messages.FollowFailed, lambda event: self._end(event.follow, error_info_to_wire(event.error)))
-        engine.on_loss(self._on_loss)
+        engine.on(messages.FollowFailed, self._on_failed)
+        engine.on_loss(self.end_all)
 
     def __len__(self) -> int:
         return len(self._streams)
-
-    def is_followed(self, attempt: AttemptId) -> bool:
-        return self._followed[attempt] > 0
 
     def open(self, ticket: KvTicket) -> FollowStream:
         stream = FollowStream(next(self._numbers), ticket, self)
@@ -77,13 +92,15 @@ class FollowBook:
         if stream.number in self._streams:
             self._engine.notify(command)
 
-    def leave(self, stream: FollowStream, command: messages.FollowRelease | messages.FollowLost) -> None:
+    def leave(self, stream: FollowStream, command: messages.EngineCommand, end: FollowEnd) -> None:
         """Ends the stream on the reader's side; the first ending counts."""
         self.tell(stream, command)
-        if self._forget(stream.number) is None or not stream.attached or self._on_released is None:
-            return
-        if isinstance(command, messages.FollowRelease) and command.reason is not messages.ReleaseReason.REFUSED:
-            self._on_released(stream.ticket.attempt)
+        self._forget(stream.number, end)
+
+    def end_all(self, error: KvRelayError) -> None:
+        """This worker cannot serve its readers any more, and tells them why."""
+        for number in list(self._streams):
+            self._end(number, error_to_detail(error), FollowEnd.ENDED)
 
     # --------------------------------------------------------------------------------- the engine's events
 
@@ -92,9 +109,12 @@ class FollowBook:
         if stream is None:
             return
         stream.attached = True
-        self._followed[stream.ticket.attempt] += 1
+        attempt = stream.ticket.attempt
+        self._followed[attempt] += 1
         epoch = self._engine.started.engine_epoch
         self._put(event.follow, attached=pb.FollowAttached(engine_epoch=epoch, lease=lease_to_wire(event.lease)))
+        if self._observer is not None:
+            self._observer.on_followed(attempt)
 
     def _on_ready(self, event: messages.FollowReady) -> None:
         groups = [pb.GroupReady(group=group, num_blocks=count) for group, count in enumerate(event.num_blocks)]
@@ -107,27 +127,35 @@ class FollowBook:
         )
         self._put(event.follow, complete=complete)
 
-    def _on_loss(self, error: KvRelayError) -> None:
-        for number in list(self._streams):
-            self._end(number, error_to_detail(error))
+    def _on_failed(self, event: messages.FollowFailed) -> None:
+        end = FollowEnd.LOST if _is_taken_over(event.error) else FollowEnd.ENDED
+        self._end(event.follow, error_info_to_wire(event.error), end)
 
     def _put(self, number: int, **message: Any) -> None:
         stream = self._streams.get(number)
         if stream is not None:
             stream.outbox.put(pb.FollowResponse(**message))
 
-    def _end(self, number: int, detail: Any) -> None:
+    def _end(self, number: int, detail: Any, end: FollowEnd) -> None:
         """The engine ended it: the reader is told why, the engine need not be told."""
         self._put(number, failed=detail)
-        stream = self._forget(number)
+        stream = self._forget(number, end)
         if stream is not None:
             stream.outbox.close()
 
-    def _forget(self, number: int) -> FollowStream | None:
+    def _forget(self, number: int, end: FollowEnd) -> FollowStream | None:
         stream = self._streams.pop(number, None)
-        if stream is not None and stream.attached:
-            attempt = stream.ticket.attempt
-            self._followed[attempt] -= 1
-            if not self._followed[attempt]:
-                del self._followed[attempt]
+        if stream is None or not stream.attached:
+            return stream
+        attempt = stream.ticket.attempt
+        self._followed[attempt] -= 1
+        if not self._followed[attempt]:
+            del self._followed[attempt]
+            if self._observer is not None:
+                self._observer.on_unfollowed(attempt, end)
         return stream
+
+
+def _is_taken_over(error: ErrorInfo) -> bool:
+    """The lease goes on with another Follow, which the engine reports next."""
+    return error.reason == SupersededError.__name__

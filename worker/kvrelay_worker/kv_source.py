@@ -6,19 +6,18 @@ It owns the streams; the engine verifies tickets, holds pins and copies blocks. 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 from kvrelay.v1 import common_pb2, kv_source_pb2_grpc
 from kvrelay.v1 import kv_source_pb2 as pb
 from kvrelay_core.error_info import error_of
 from kvrelay_core.errors import DeadlineError, InvalidRequestError
-from kvrelay_core.request import AttemptId
-from kvrelay_engine.messages import Released, ReleaseReason, ReleaseTicket
+from kvrelay_engine.messages import Released, ReleaseTicket
 from kvrelay_transfer.ticket import KvTicket
 from kvrelay_worker.engine_link import PendingCalls
 from kvrelay_worker.exports import Exports
-from kvrelay_worker.follows import FollowBook, FollowStream
-from kvrelay_worker.stream_end import Context, at_stream_end, until_stream_end
+from kvrelay_worker.follows import FollowBook, FollowEnd, FollowObserver, FollowStream
+from kvrelay_worker.stream_end import Context, at_stream_end, guard_stream, until_stream_end
 from kvrelay_worker.wire import (
     layout_from_wire,
     layout_to_wire,
@@ -32,11 +31,11 @@ CHUNK_BYTES = 2 * 2**20
 
 
 class KvSourceServicer(kv_source_pb2_grpc.KvSourceServiceServicer):
-    def __init__(self, worker: Worker, on_released: Callable[[AttemptId], None] | None = None) -> None:
+    def __init__(self, worker: Worker, observer: FollowObserver | None = None) -> None:
         self._worker = worker
         self._exports = Exports(worker)
-        self._on_released = on_released
-        self.follows = FollowBook(worker.engine, on_released)
+        self._observer = observer
+        self.follows = FollowBook(worker.engine, observer)
         self._releases: PendingCalls[Released] = PendingCalls(worker.engine)
         worker.engine.on(Released, lambda released: self._releases.answer(released.call, released))
 
@@ -61,7 +60,8 @@ class KvSourceServicer(kv_source_pb2_grpc.KvSourceServiceServicer):
         ticket = ticket_from_wire((await self._first(request_iterator)).ticket)
         stream = self.follows.open(ticket)
         self._worker.streams.enter()
-        reader = self._worker.request_tasks.spawn(_read_follow(stream, request_iterator), "follow reader")
+        reading = guard_stream(stream.outbox, _read_follow, stream, request_iterator)
+        reader = self._worker.request_tasks.spawn(reading, "follow reader")
 
         def end() -> None:
             stream.lose()
@@ -123,8 +123,8 @@ class KvSourceServicer(kv_source_pb2_grpc.KvSourceServiceServicer):
         released = await self._releases.ask(lambda call: ReleaseTicket(call, ticket), timeout_s)
         if released.error is not None:
             raise error_of(released.error)
-        if self._on_released is not None:
-            self._on_released(ticket.attempt)
+        if self._observer is not None:
+            self._observer.on_unfollowed(ticket.attempt, FollowEnd.ENDED)
         return pb.ReleaseResponse(released=released.released)
 
 
@@ -134,7 +134,7 @@ async def _read_follow(stream: FollowStream, requests: AsyncIterator[pb.FollowRe
             case "alive":
                 stream.beat()
             case "release":
-                stream.release(release_reason_from_wire(request.release.reason) or ReleaseReason.FAILED)
+                stream.release(release_reason_from_wire(request.release.reason))
                 return
             case _:
                 stream.outbox.fail(InvalidRequestError("after `open` only `alive` and `release` may follow"))

@@ -24,6 +24,9 @@ def peer_errors(address: str) -> Iterator[None]:
         if isinstance(typed, RequestCancelledError | DeadlineError):
             raise WorkerLostError(f"{address} ended the call: {typed.message}", peer=address) from error
         raise typed from error
+    except grpc.aio.UsageError as error:
+        # What a call on a closed channel raises, which is no RpcError.
+        raise WorkerLostError(f"the channel to {address} was closed", peer=address) from error
     except asyncio.CancelledError:
         # gRPC raises it too when the channel is closed under a call: then nobody cancelled this task.
         task = asyncio.current_task()

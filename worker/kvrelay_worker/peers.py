@@ -8,7 +8,6 @@ disconnected within about 2 s of being noticed, so that its memory is not held (
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 from dataclasses import dataclass, field
 
@@ -26,6 +25,7 @@ from kvrelay_core.rpc.channel import open_channel
 from kvrelay_engine.messages import ConnectPeer, DisconnectPeer, PeerConnected, PeerFailed
 from kvrelay_transfer.connectors.base import PeerInfo
 from kvrelay_transfer.ticket import KvTicket
+from kvrelay_worker.config import is_loopback
 from kvrelay_worker.peer_errors import peer_errors
 from kvrelay_worker.wire import layout_to_wire, offer_to_wire, peer_from_wire
 from kvrelay_worker.worker import Worker
@@ -63,7 +63,7 @@ class PeerBook:
         if not port.isdecimal() or not host:
             raise TicketRejectedError(f"the ticket's source {address!r} is not host:port", cause="source")
         listed = address in self._allowed or host in self._allowed
-        if not listed and (self._allowed or not _is_loopback(host)):
+        if not listed and (self._allowed or not is_loopback(host)):
             raise TicketRejectedError(
                 f"{address} is not a registered source of this worker; add it to its peers", cause="source"
             )
@@ -97,7 +97,7 @@ class PeerBook:
         return peer.stub
 
     def _add(self, address: str) -> _Peer:
-        channel = open_channel(address)
+        channel = open_channel(address, self._worker.config.tls)
         peer = _Peer(address, channel, kv_source_pb2_grpc.KvSourceServiceStub(channel))
         self._peers[address] = peer
         peer.watch = self._worker.tasks.spawn(self._watch(peer), f"watch {address}")
@@ -113,6 +113,8 @@ class PeerBook:
         timeout_s = self._worker.config.call_timeout_s
         with peer_errors(peer.address):
             response = await peer.stub.Connect(request, timeout=timeout_s, wait_for_ready=True)
+        if self._peers.get(peer.address) is not peer:
+            raise WorkerLostError(f"{peer.address} was given up during the handshake", peer=peer.address)
         info = peer_from_wire(peer.address, response)
         started.layout.check_compatible(info.layout)
         if info.model_fingerprint != started.model_fingerprint:
@@ -196,12 +198,3 @@ async def _wait_ready(channel: grpc.aio.Channel) -> None:
 
 def _log_connected(event: PeerConnected) -> None:
     log.info("source %s: connector %s, %.1f GB/s", event.peer_id, event.connector, event.gb_per_s)
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

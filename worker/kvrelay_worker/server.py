@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from enum import IntEnum
 from functools import partial
+from pathlib import Path
 
 from kvrelay.v1 import worker_pb2_grpc
 from kvrelay_core.clock import Clock, MonotonicClock
-from kvrelay_core.errors import ConfigError, KvRelayError
+from kvrelay_core.errors import ConfigError, DrainingError, KvRelayError
 from kvrelay_core.rpc.server import RpcServer
 from kvrelay_worker.config import WorkerConfig
 from kvrelay_worker.drain import Drain
@@ -53,6 +55,10 @@ class Role(ABC):
         """Registers the servicers."""
 
     @abstractmethod
+    def end_all(self, error: KvRelayError) -> None:
+        """The worker ends: hands back what others can go on with, and ends every stream with the error."""
+
+    @abstractmethod
     async def close(self) -> None:
         """Ends what the role holds beyond its tasks, which the worker ends."""
 
@@ -63,7 +69,7 @@ class WorkerServer:
         self._role = build_role(self.worker)
         self._drain = Drain(self.worker)
         self._names = (WORKER_SERVICE, *self._role.service_names)
-        self._rpc = RpcServer(config.host, config.port, reflected=self._names)
+        self._rpc = RpcServer(config.host, config.port, tls=config.tls, reflected=self._names)
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(self.worker, self._drain), self._rpc.server)
         self._role.add_to(self._rpc)
         self._ended: asyncio.Future[ExitCode] = asyncio.get_running_loop().create_future()
@@ -86,8 +92,9 @@ class WorkerServer:
 
     async def stop(self) -> None:
         """Ends every stream, task and process. Idempotent."""
-        grace_s = STOP_GRACE_S if self.worker.engine.loss is None else STOP_GRACE_S / 2
-        await self._rpc.stop(grace_s)
+        name = self.worker.config.worker_id
+        self._role.end_all(self.worker.engine.loss or DrainingError(f"worker {name} has ended; ask another one"))
+        await self._rpc.stop(STOP_GRACE_S if self.worker.engine.loss is None else STOP_GRACE_S / 2)
         await self._role.close()
         await self.worker.close()
         await self.worker.engine.stop()
@@ -130,6 +137,7 @@ async def serve_worker(config: WorkerConfig, build_role: Callable[[Worker], Role
     clock = MonotonicClock()
     try:
         config.validate()
+        _make_run_dir(Path(config.run_dir))
         engine = EngineClient(config.run_dir, config.worker_id, clock, hung_after_s=config.hung_after_s)
         server = WorkerServer(config, build_role, engine, clock)
     except ConfigError as error:
@@ -144,10 +152,26 @@ async def serve_worker(config: WorkerConfig, build_role: Callable[[Worker], Role
         code = _complain(config, error)
     finally:
         starting.cancel()
+        await asyncio.wait([starting])  # an engine that is just being spawned must not be missed
         await server.stop()
+        _remove_engine_files(config)
         for number in SIGNALS:
             loop.remove_signal_handler(number)
     return code
+
+
+def _make_run_dir(run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run_dir {run_dir} cannot be made: {error}; choose another one", field="run_dir") from error
+    if not os.access(run_dir, os.W_OK | os.X_OK):
+        raise ConfigError(f"run_dir {run_dir} is not writable for this user; choose another one", field="run_dir")
+
+
+def _remove_engine_files(config: WorkerConfig) -> None:
+    """What only a killed engine leaves; every other file in run_dir is the service's own."""
+    Path(config.run_dir, f"{config.worker_id}.pool.sock").unlink(missing_ok=True)
 
 
 async def _serve(server: WorkerServer, starting: asyncio.Task[str]) -> int:

@@ -39,12 +39,15 @@ class SessionBook(Generic[M]):
         self._on_gone = on_gone
         self._limit = limit
         self._open: set[Session[M]] = set()
-        worker.engine.on_loss(self._on_loss)
+        worker.engine.on_loss(self.end_all)
 
     def __len__(self) -> int:
         return len(self._open)
 
-    def open(self, router_id: str) -> Session[M]:
+    async def open(self, requests: AsyncIterator[SessionRequest]) -> Session[M]:
+        """Begins with the router's `hello`. Raises UnavailableError while there is no engine to be welcomed by."""
+        router_id = await self._read_hello(requests)
+        _ = self._worker.engine.started
         # A router that is too far behind is lost at once, also while its transport still stands.
         session: Session[M] = Session(router_id, Outbox(self._limit, on_overflow=lambda: self.lose(session)))
         self._open.add(session)
@@ -62,11 +65,12 @@ class SessionBook(Generic[M]):
         await asyncio.sleep(self._worker.config.session_grace_s)
         self._on_gone(session)
 
-    def _on_loss(self, error: KvRelayError) -> None:
+    def end_all(self, error: KvRelayError) -> None:
+        """Every stream ends with the error, after what is queued."""
         for session in self._open:
             session.outbox.close(error)
 
-    async def read_hello(self, requests: AsyncIterator[SessionRequest]) -> str:
+    async def _read_hello(self, requests: AsyncIterator[SessionRequest]) -> str:
         """The router's name, from the first message of a stream."""
         try:
             async with asyncio.timeout(self._worker.config.call_timeout_s):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, ParamSpec, TypeVar
 
 import grpc
 
+from kvrelay_core.errors import InternalError
+from kvrelay_worker.outbox import Outbox
+
+P = ParamSpec("P")
 T = TypeVar("T")
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -26,3 +30,14 @@ async def until_stream_end(requests: AsyncIterator[T]) -> AsyncIterator[T]:
             yield request
     except (grpc.aio.UsageError, grpc.aio.AbortError):
         return  # it was finished, or aborted with an error
+
+
+async def guard_stream(
+    outbox: Outbox[Any], read: Callable[P, Coroutine[object, object, None]], *args: P.args, **kwargs: P.kwargs
+) -> None:
+    """Runs a stream's reader. One that breaks ends its stream with it: nobody would hear the client any more."""
+    try:
+        await read(*args, **kwargs)
+    except Exception as error:
+        outbox.fail(InternalError(f"unexpected {type(error).__name__} while reading the stream; see the worker's log"))
+        raise  # for its owner, who logs it

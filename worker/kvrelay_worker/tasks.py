@@ -33,6 +33,11 @@ class TaskOwner:
             self.num_crashed += 1
             log.error("task %s crashed", task.get_name(), exc_info=error)
 
+    async def settle(self, timeout_s: float) -> None:
+        """Waits for the tasks of now to end by themselves, but no longer than this."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout_s)
+
     async def close(self) -> None:
         """Cancels every task and waits until all of them have ended. The calling task is spared."""
         current = asyncio.current_task()

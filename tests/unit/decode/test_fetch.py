@@ -137,6 +137,40 @@ async def test_an_aborted_read_gives_every_slot_back_once_the_engines_are_throug
         assert pair.source.worker.slots.exports.num_taken == 0
 
 
+async def test_a_read_aborted_before_it_began_is_ended_too() -> None:
+    async with connected_pair() as pair:
+        pair.fetch()
+        pair.reader.engine.dispatch(messages.FetchAbort(1))
+        ended = await pair.reader.engine.expect(messages.FetchEnded)
+        assert ended.error is not None
+        assert ended.error.reason == "RequestCancelledError"
+
+
+async def test_a_read_that_breaks_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with connected_pair() as pair:
+
+        def break_down(*_: object) -> None:
+            raise ValueError("a bug")
+
+        monkeypatch.setattr(pair.reader.worker.slots, "write", break_down)
+        pair.fetch()
+        await pair.export_next()
+        ended = await pair.reader.engine.expect(messages.FetchEnded)
+        assert ended.error is not None
+        assert ended.error.reason == "InternalError"
+        await pair.export_next()
+
+
+async def test_a_reader_that_loses_its_engine_stops_reading() -> None:
+    async with connected_pair() as pair:
+        pair.fetch()
+        exports = [await pair.source.engine.expect(messages.Export) for _ in range(2)]
+        pair.reader.engine.die()
+        await wait_until(lambda: len(pair.reader.worker.request_tasks) == 0, "the read has ended")
+        for export in exports:
+            pair.source.engine.dispatch(messages.Exported(export.export, (1, 2)))
+
+
 async def test_a_source_that_sends_nothing_ends_the_read_by_its_deadline() -> None:
     async with connected_pair(fetch_timeout_s=0.2) as pair:
         pair.fetch()

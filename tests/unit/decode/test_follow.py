@@ -16,15 +16,25 @@ from msgspec.structs import replace
 from worker_rig import RiggedWorker, make_attempt, make_generation, make_ticket, read_one, running_worker, wait_until
 
 from kvrelay.v1 import decode_pb2 as pb
-from kvrelay.v1 import decode_pb2_grpc
+from kvrelay.v1 import decode_pb2_grpc, kv_source_pb2_grpc, prefill_pb2
 from kvrelay_core.error_info import info_of
-from kvrelay_core.errors import LeaseExpiredError, PoolExhaustedError, TransferError
+from kvrelay_core.errors import (
+    DrainingError,
+    LeaseExpiredError,
+    MismatchError,
+    PoolExhaustedError,
+    RequestCancelledError,
+    TransferError,
+)
 from kvrelay_core.request import FinishReason, FirstToken, HandoffTiming
+from kvrelay_core.rpc.channel import open_channel
+from kvrelay_decode.follow import HandoffFollow
 from kvrelay_decode.role import DecodeRole
 from kvrelay_engine import messages
 from kvrelay_engine.messages import ReleaseReason
 from kvrelay_prefill.role import PrefillRole
 from kvrelay_transfer.ticket import GroupBlocks, KvTicket
+from kvrelay_worker.peers import PeerBook
 from kvrelay_worker.wire import ticket_to_wire
 
 
@@ -174,7 +184,10 @@ async def test_an_abort_gives_the_pins_back_at_once() -> None:
     ("error", "reason"),
     [
         (PoolExhaustedError("no room"), ReleaseReason.REFUSED),
+        (DrainingError("ending"), ReleaseReason.REFUSED),
         (TransferError("broken"), ReleaseReason.FAILED),
+        (MismatchError("other tokens"), ReleaseReason.FAILED),
+        (RequestCancelledError("enough"), ReleaseReason.CANCELLED),
     ],
 )
 async def test_a_failed_request_lets_go_of_its_source(error: Any, reason: ReleaseReason) -> None:
@@ -184,6 +197,85 @@ async def test_a_failed_request_lets_go_of_its_source(error: Any, reason: Releas
         it.reader.engine.dispatch(messages.RequestFailed(it.id, info_of(error)))
         assert (await it.source.engine.expect(messages.FollowRelease)).reason is reason
         assert (await read_one(it.call)).event.failed.reason == type(error).__name__
+
+
+@pytest.mark.parametrize("how", ["engine lost", "stopped"])
+async def test_a_worker_that_ends_gives_its_tickets_back_for_another_one(how: str) -> None:
+    async with relay() as it:
+        await it.open()
+        await it.attach()
+        if how == "engine lost":
+            it.reader.engine.die()
+        await it.reader.server.stop()
+        assert (await it.source.engine.expect(messages.FollowRelease)).reason is ReleaseReason.REFUSED
+        assert it.source.engine.sent_of(messages.FollowLost) == []
+
+
+async def test_a_superseded_attempt_frees_its_ticket() -> None:
+    async with relay() as it:
+        await it.open()
+        await it.attach()
+        other = decode_pb2_grpc.DecodeServiceStub(it.reader.channel).Decode()
+        start = pb.DecodeStart(attempt=make_attempt(2), generation=make_generation(12))
+        await other.write(pb.DecodeRequest(start=start))
+        assert (await it.source.engine.expect(messages.FollowRelease)).reason is ReleaseReason.CANCELLED
+        assert (await read_one(it.call)).event.failed.reason == "SupersededError"
+        other.cancel()
+
+
+async def test_a_request_that_ends_before_everything_was_pulled_leaves_no_follow() -> None:
+    async with relay() as it:
+        session = decode_pb2_grpc.DecodeServiceStub(it.reader.channel).Session()
+        await session.write(pb.DecodeServiceSessionRequest(hello=prefill_pb2.SessionHello(router_id="router")))
+        start = pb.DecodeStart(attempt=make_attempt(), generation=make_generation(12), ticket=ticket_to_wire(it.ticket))
+        await session.write(pb.DecodeServiceSessionRequest(open=pb.DecodeOpen(handle=1, start=start)))
+        request_id = (await it.reader.engine.expect(messages.Decode)).id
+        await it.attach()
+        it.reader.engine.dispatch(messages.HandedBack(request_id, info_of(PoolExhaustedError("preempted"))))
+        assert (await it.source.engine.expect(messages.FollowRelease)).reason is ReleaseReason.CANCELLED
+        session.cancel()
+
+
+async def test_a_source_whose_engine_is_lost_ends_the_handoff_at_once() -> None:
+    async with relay(follow_grace_s=60.0) as it:
+        await it.open()
+        await it.attach()
+        it.source.engine.die()
+        assert (await it.reader.engine.expect(messages.HandoffFailed)).error.reason == "WorkerLostError"
+        it.call.cancel()
+        await it.reader.engine.expect(messages.Abort)
+
+
+async def test_a_channel_closed_just_before_the_follow_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with relay() as it:
+        connect = PeerBook.connect
+        closed = open_channel(it.source.address)
+        await closed.close()
+        stubs: list[Any] = [kv_source_pb2_grpc.KvSourceServiceStub(closed)]
+
+        async def connect_late(book: PeerBook, ticket: KvTicket) -> Any:
+            return stubs.pop() if stubs else await connect(book, ticket)
+
+        monkeypatch.setattr(PeerBook, "connect", connect_late)
+        await it.open()
+        await it.attach()
+        await it.arrive()
+        assert it.reader.engine.sent_of(messages.HandoffFailed) == []
+
+
+async def test_a_follow_that_breaks_fails_its_handoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with relay() as it:
+
+        def break_down(*_: object) -> None:
+            raise ValueError("a bug")
+
+        monkeypatch.setattr(HandoffFollow, "_hear", break_down)
+        await it.open()
+        await it.attach()
+        failed = await it.reader.engine.expect(messages.HandoffFailed)
+        assert (failed.id, failed.error.reason) == (it.id, "InternalError")
+        it.call.cancel()
+        await it.reader.engine.expect(messages.Abort)
 
 
 async def test_a_request_aborted_before_its_source_answers_leaves_no_stream() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 from fake_engine import LAYOUT, FakeEngine
@@ -62,6 +63,25 @@ async def test_an_unreachable_source_is_lost_within_the_deadline() -> None:
         with pytest.raises(WorkerLostError):
             await reader.role.peers.connect(make_ticket(reader.engine, "127.0.0.1:1"))
         await wait_until(lambda: len(reader.role.peers) == 0, "the address is forgotten")
+
+
+async def test_a_source_given_up_during_its_handshake_is_not_connected(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running_worker(PrefillRole) as source, running_worker(DecodeRole) as reader:
+        peers = reader.role.peers
+        connect = source.role.kv_source.Connect
+
+        async def connect_late(request: Any, context: Any) -> Any:
+            peers._drop(peers._peers[source.address])
+            return await connect(request, context)
+
+        peer = peers._add(source.address)
+        monkeypatch.setattr(peer.stub, "Connect", lambda request, **_: connect_late(request, None))
+        with pytest.raises(WorkerLostError, match="given up"):
+            await peers.connect(make_ticket(source.engine, source.address))
+        assert reader.engine.sent_of(messages.ConnectPeer) == []
+        assert peer.watch is not None
+        peer.watch.cancel()
+        await peer.channel.close()
 
 
 async def test_a_source_that_stays_away_is_disconnected() -> None:

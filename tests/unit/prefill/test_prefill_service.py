@@ -2,66 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
 
 import grpc
 import pytest
 import pytest_asyncio
-from worker_rig import RiggedWorker, make_attempt, make_generation, make_ticket, read_one, running_worker, wait_until
+from prefill_rig import Fake, make_request, open_message, open_session, read_event, say_accepted, say_finished
+from worker_rig import make_attempt, make_ticket, read_one, running_worker, wait_until
 
-from kvrelay.v1 import kv_source_pb2, kv_source_pb2_grpc, prefill_pb2_grpc
 from kvrelay.v1 import prefill_pb2 as pb
+from kvrelay.v1 import prefill_pb2_grpc
 from kvrelay_core.error_info import info_of
-from kvrelay_core.errors import OverloadedError, WorkerLostError
-from kvrelay_core.request import FirstToken, Usage
+from kvrelay_core.errors import DrainingError, OverloadedError, WorkerLostError
 from kvrelay_core.rpc.status import error_from_detail, error_from_rpc
 from kvrelay_engine import messages
 from kvrelay_prefill.role import PrefillRole
+from kvrelay_worker.follows import FollowEnd
 from kvrelay_worker.wire import ticket_to_wire
-
-Fake = RiggedWorker[PrefillRole]
 
 
 @pytest_asyncio.fixture
 async def fake() -> AsyncIterator[Fake]:
     async with running_worker(PrefillRole) as worker:
         yield worker
-
-
-def make_request(attempt: int = 1, request_id: str = "request") -> pb.PrefillRequest:
-    return pb.PrefillRequest(attempt=make_attempt(attempt, request_id), generation=make_generation(), handoff=True)
-
-
-def open_message(handle: int, attempt: int = 1, request_id: str = "request") -> pb.PrefillServiceSessionRequest:
-    return pb.PrefillServiceSessionRequest(
-        open=pb.PrefillOpen(handle=handle, request=make_request(attempt, request_id))
-    )
-
-
-async def open_session(fake: Fake) -> Any:
-    call = prefill_pb2_grpc.PrefillServiceStub(fake.channel).Session()
-    await call.write(pb.PrefillServiceSessionRequest(hello=pb.SessionHello(router_id="router")))
-    welcome = (await read_one(call)).welcome
-    assert (welcome.worker_id, welcome.engine_epoch) == ("prefill-0", fake.engine.epoch)
-    return call
-
-
-async def read_event(call: Any, handle: int) -> pb.PrefillResponse:
-    message = await read_one(call)
-    assert message.handle == handle
-    event: pb.PrefillResponse = message.event
-    return event
-
-
-def say_accepted(fake: Fake, request_id: int) -> None:
-    ticket = make_ticket(fake.engine, fake.address)
-    fake.engine.dispatch(messages.Accepted(request_id, ticket, cached_tokens=4))
-
-
-def say_finished(fake: Fake, request_id: int) -> None:
-    tokens = (FirstToken(0, 0, 42),)
-    fake.engine.dispatch(messages.PrefillFinished(request_id, tokens, Usage(12, 4, 1), 0.1, 0.2))
 
 
 async def test_a_session_carries_a_request_from_open_to_finished(fake: Fake) -> None:
@@ -147,22 +111,6 @@ async def test_a_lost_session_aborts_what_nobody_follows_after_the_grace(fake: F
     assert len(fake.role.requests) == 0
 
 
-async def test_a_lost_session_spares_what_a_reader_follows(fake: Fake) -> None:
-    call = await open_session(fake)
-    await call.write(open_message(handle=1))
-    command = await fake.engine.expect(messages.Prefill)
-    say_accepted(fake, command.id)
-    follow = kv_source_pb2_grpc.KvSourceServiceStub(fake.channel).Follow()
-    ticket = make_ticket(fake.engine, fake.address)
-    await follow.write(kv_source_pb2.FollowRequest(open=kv_source_pb2.FollowOpen(ticket=ticket_to_wire(ticket))))
-    attach = await fake.engine.expect(messages.FollowAttach)
-    fake.engine.dispatch(messages.FollowAttached(attach.follow, ticket.lease))
-    await read_one(follow)
-    call.cancel()
-    assert (await fake.engine.expect(messages.PrefillStreamClosed)).id == command.id
-    assert fake.engine.sent_of(messages.Abort) == []
-
-
 async def test_a_router_that_comes_back_in_time_is_told_again(fake: Fake) -> None:
     call = await open_session(fake)
     await call.write(open_message(handle=1))
@@ -196,7 +144,12 @@ async def test_release_by_router_and_by_reader_end_the_hold(fake: Fake) -> None:
     say_accepted(fake, second.id)
     say_finished(fake, second.id)
     assert len(fake.role.requests) == 1
-    fake.role.requests.released_by_reader(second.attempt)
+    fake.role.requests.on_unfollowed(second.attempt, FollowEnd.ENDED)
+    # A router whose session was lost just now can still come back for the answer.
+    fake.engine.beat()
+    assert len(fake.role.requests) == 1
+    fake.clock.advance(0.2)
+    fake.engine.beat()
     assert len(fake.role.requests) == 0
     call.cancel()
 
@@ -210,7 +163,7 @@ async def test_a_ticket_nobody_came_for_is_forgotten_with_its_lease(fake: Fake) 
     fake.clock.advance(29.0)
     fake.engine.beat()
     assert len(fake.role.requests) == 1
-    fake.clock.advance(1.1)
+    fake.clock.advance(1.6)
     fake.engine.beat()
     assert len(fake.role.requests) == 0
     call.cancel()
@@ -259,6 +212,43 @@ async def test_a_lost_engine_fails_every_stream() -> None:
         with pytest.raises(grpc.RpcError) as caught:
             await read_one(prefill_pb2_grpc.PrefillServiceStub(fake.channel).Prefill(make_request(2)))
         assert isinstance(error_from_rpc(caught.value, "prefill"), WorkerLostError)
+
+
+async def test_a_session_without_an_engine_to_welcome_it_leaves_nothing() -> None:
+    async with running_worker(PrefillRole) as fake:
+        fake.engine.die()
+        call = prefill_pb2_grpc.PrefillServiceStub(fake.channel).Session()
+        await call.write(pb.PrefillServiceSessionRequest(hello=pb.SessionHello(router_id="router")))
+        with pytest.raises(grpc.RpcError):
+            await read_one(call)
+        assert len(fake.role.servicer._sessions) == 0
+
+
+async def test_a_worker_that_stops_tells_every_stream_at_once() -> None:
+    async with running_worker(PrefillRole) as fake:
+        call = await open_session(fake)
+        await call.write(open_message(handle=1))
+        await fake.engine.expect(messages.Prefill)
+        stopping = asyncio.ensure_future(fake.server.stop())
+        assert (await read_event(call, 1)).failed.reason == "DrainingError"
+        with pytest.raises(grpc.RpcError) as caught:
+            await read_one(call)
+        assert isinstance(error_from_rpc(caught.value, "prefill"), DrainingError)
+        await stopping
+
+
+async def test_a_session_reader_that_breaks_ends_the_session(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_down(*_: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(fake.role.requests, "open", break_down)
+    call = await open_session(fake)
+    await call.write(open_message(handle=1))
+    with pytest.raises(grpc.RpcError) as caught:
+        await read_one(call)
+    assert caught.value.code() is grpc.StatusCode.INTERNAL
+    assert fake.worker.tasks.num_crashed == 1
+    fake.worker.tasks.num_crashed = 0  # as it should be
 
 
 async def test_a_session_must_say_hello_first(fake: Fake) -> None:

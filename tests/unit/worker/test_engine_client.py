@@ -95,6 +95,15 @@ async def test_commands_and_events_cross_and_stop_leaves_nothing(tmp_path: Path)
     assert client.loss is None
 
 
+async def test_an_engine_copies_at_full_speed(tmp_path: Path) -> None:
+    async with client_in(tmp_path) as client:
+        await client.start(config_of("good", tmp_path / "run"), WAIT_S)
+        with open(f"/proc/{client.process_id}/environ") as file:  # noqa: ASYNC230  (procfs does not wait)
+            environment = file.read().split("\0")
+    assert any(line.startswith("GLIBC_TUNABLES=") and "non_temporal_threshold" in line for line in environment)
+    assert f"PATH={os.environ['PATH']}" in environment
+
+
 async def test_what_a_killed_worker_left_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     for suffix in ("engine.json", "commands", "events"):

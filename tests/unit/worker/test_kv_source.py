@@ -15,11 +15,12 @@ from worker_rig import RiggedWorker, make_ticket, read_one, running_worker, wait
 from kvrelay.v1 import kv_source_pb2 as pb
 from kvrelay.v1 import kv_source_pb2_grpc
 from kvrelay_core.error_info import info_of
-from kvrelay_core.errors import LeaseExpiredError, TicketRejectedError
+from kvrelay_core.errors import KvRelayError, LeaseExpiredError, SupersededError, TicketRejectedError
 from kvrelay_core.request import AttemptId, FirstToken
 from kvrelay_core.rpc.server import RpcServer
 from kvrelay_engine import messages
 from kvrelay_transfer.ticket import GroupBlocks, LeaseTerms
+from kvrelay_worker.follows import FollowEnd, FollowStream
 from kvrelay_worker.kv_source import KvSourceServicer
 from kvrelay_worker.server import Role
 from kvrelay_worker.wire import layout_to_wire, ticket_to_wire
@@ -30,16 +31,26 @@ class SourceRole(Role):
     service_names = ("kvrelay.v1.KvSourceService",)
 
     def __init__(self, worker: Worker) -> None:
-        self.released: list[AttemptId] = []
-        self.servicer = KvSourceServicer(worker, self.released.append)
+        self.heard: list[tuple[AttemptId, FollowEnd | None]] = []  # None: followed
+        self.servicer = KvSourceServicer(worker, self)
+
+    def on_followed(self, attempt: AttemptId) -> None:
+        self.heard.append((attempt, None))
+
+    def on_unfollowed(self, attempt: AttemptId, end: FollowEnd) -> None:
+        self.heard.append((attempt, end))
 
     def add_to(self, server: RpcServer) -> None:
         kv_source_pb2_grpc.add_KvSourceServiceServicer_to_server(self.servicer, server.server)
+
+    def end_all(self, error: KvRelayError) -> None:
+        self.servicer.follows.end_all(error)
 
     async def close(self) -> None:
         """Holds nothing."""
 
 
+ATTEMPT = AttemptId("router", "request", 1)
 Fake = RiggedWorker[SourceRole]
 RELEASE = pb.FollowRequest(release=pb.FollowRelease(reason=pb.RELEASE_REASON_PULLED))
 
@@ -85,7 +96,7 @@ async def test_connect_refuses_a_reader_whose_blocks_differ(fake: Fake) -> None:
 
 async def test_follow_forwards_ready_and_complete_and_ends_on_release(fake: Fake) -> None:
     call, follow = await attach(fake)
-    assert fake.role.servicer.follows.is_followed(AttemptId("router", "request", 1))
+    assert fake.role.heard == [(ATTEMPT, None)]
     fake.engine.dispatch(messages.FollowReady(follow, (2,)))
     partial = GroupBlocks(0, 8, (3,), (103,))
     fake.engine.dispatch(messages.FollowComplete(follow, (FirstToken(0, 0, 42),), (partial,)))
@@ -101,8 +112,7 @@ async def test_follow_forwards_ready_and_complete_and_ends_on_release(fake: Fake
     assert await call.read() is grpc.aio.EOF
     assert await call.code() is grpc.StatusCode.OK
     assert fake.engine.sent_of(messages.FollowLost) == []
-    assert fake.role.released == [AttemptId("router", "request", 1)]
-    assert not fake.role.servicer.follows.is_followed(AttemptId("router", "request", 1))
+    assert fake.role.heard == [(ATTEMPT, None), (ATTEMPT, FollowEnd.ENDED)]
 
 
 async def test_a_refused_ticket_stays_with_the_prefill_stream(fake: Fake) -> None:
@@ -110,7 +120,7 @@ async def test_a_refused_ticket_stays_with_the_prefill_stream(fake: Fake) -> Non
     await call.write(pb.FollowRequest(release=pb.FollowRelease(reason=pb.RELEASE_REASON_REFUSED)))
     command = await fake.engine.expect(messages.FollowRelease)
     assert command.reason is messages.ReleaseReason.REFUSED
-    assert fake.role.released == []
+    assert fake.role.heard[1:] == [(ATTEMPT, FollowEnd.REFUSED)]
 
 
 @pytest.mark.parametrize("how", ["cancel", "half-close"])
@@ -123,7 +133,7 @@ async def test_a_follow_that_ends_without_release_is_lost_once(fake: Fake, how: 
     assert (await fake.engine.expect(messages.FollowLost)).follow == follow
     await wait_until(lambda: fake.worker.streams.value == 0, "the stream has ended")
     assert len(fake.engine.sent_of(messages.FollowLost)) == 1
-    assert fake.role.released == []
+    assert fake.role.heard[1:] == [(ATTEMPT, FollowEnd.LOST)]
 
 
 async def test_the_engine_ends_a_follow_with_the_reason(fake: Fake) -> None:
@@ -133,6 +143,34 @@ async def test_the_engine_ends_a_follow_with_the_reason(fake: Fake) -> None:
     assert await call.read() is grpc.aio.EOF
     await wait_until(lambda: fake.worker.streams.value == 0, "the stream has ended")
     assert fake.engine.sent_of(messages.FollowLost) == []
+    assert fake.role.heard[1:] == [(ATTEMPT, FollowEnd.ENDED)]
+
+
+async def test_a_follow_that_another_one_takes_over_does_not_end_the_lease(fake: Fake) -> None:
+    first, number = await attach(fake)
+    second, _ = await attach(fake)
+    fake.engine.dispatch(messages.FollowFailed(number, info_of(SupersededError("another reader follows"))))
+    assert (await read_one(first)).failed.reason == "SupersededError"
+    assert fake.role.heard == [(ATTEMPT, None)] * 2
+    await second.write(RELEASE)
+    await fake.engine.expect(messages.FollowRelease)
+    assert fake.role.heard[2:] == [(ATTEMPT, FollowEnd.ENDED)]
+
+
+async def test_a_reader_task_that_breaks_ends_its_stream(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    call, follow = await attach(fake)
+
+    def break_down(stream: FollowStream) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(FollowStream, "beat", break_down)
+    await call.write(pb.FollowRequest(alive=pb.FollowAlive()))
+    with pytest.raises(grpc.RpcError) as caught:
+        await call.read()
+    assert caught.value.code() is grpc.StatusCode.INTERNAL
+    assert (await fake.engine.expect(messages.FollowLost)).follow == follow
+    assert fake.worker.request_tasks.num_crashed == 1
+    fake.worker.request_tasks.num_crashed = 0  # as it should be
 
 
 async def test_a_rejected_ticket_never_counts_as_followed(fake: Fake) -> None:
@@ -141,8 +179,7 @@ async def test_a_rejected_ticket_never_counts_as_followed(fake: Fake) -> None:
     await call.write(pb.FollowRequest(open=pb.FollowOpen(ticket=ticket_to_wire(ticket))))
     await call.write(RELEASE)
     await fake.engine.expect(messages.FollowRelease)
-    assert fake.role.released == []
-    assert not fake.role.servicer.follows.is_followed(ticket.attempt)
+    assert fake.role.heard == []
 
 
 @pytest.mark.parametrize("first", [RELEASE, pb.FollowRequest(open=pb.FollowOpen())])
@@ -176,7 +213,7 @@ async def test_release_by_rpc_answers_what_the_engine_says(fake: Fake) -> None:
     call = stub_of(fake).Release(request)
     await answer(True)
     assert (await call).released
-    assert fake.role.released == [ticket.attempt]
+    assert fake.role.heard == [(ticket.attempt, FollowEnd.ENDED)]
     call = stub_of(fake).Release(request)
     await answer(False)
     assert not (await call).released

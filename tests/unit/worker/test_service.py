@@ -14,7 +14,7 @@ from worker_rig import make_config, read_one, running_worker
 from kvrelay.v1 import worker_pb2 as pb
 from kvrelay.v1 import worker_pb2_grpc
 from kvrelay_core.clock import ManualClock
-from kvrelay_core.errors import ConfigError
+from kvrelay_core.errors import ConfigError, KvRelayError
 from kvrelay_core.rpc.channel import open_channel
 from kvrelay_core.rpc.server import RpcServer
 from kvrelay_engine import messages
@@ -31,6 +31,9 @@ class BareRole(Role):
 
     def add_to(self, server: RpcServer) -> None:
         """Nothing beyond WorkerService."""
+
+    def end_all(self, error: KvRelayError) -> None:
+        """Has nothing that runs."""
 
     async def close(self) -> None:
         """Holds nothing."""
