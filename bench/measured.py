@@ -1,0 +1,96 @@
+"""What one stream of tokens looked like to its receiver, and where a result came from."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Stream(Struct, frozen=True):
+    """Arrival of each token in seconds after the request was sent."""
+
+    arrivals_s: tuple[float, ...]
+
+    @property
+    def ttft_s(self) -> float:
+        return self.arrivals_s[0]
+
+    @property
+    def inter_token_s(self) -> float:
+        """Mean over the tokens after the first."""
+        return (self.arrivals_s[-1] - self.arrivals_s[0]) / (len(self.arrivals_s) - 1)
+
+
+class Streams(Struct, frozen=True):
+    """Streams that ran together, or one after another, in `wall_s`."""
+
+    streams: tuple[Stream, ...]
+    wall_s: float
+
+    @property
+    def ttft_ms(self) -> float:
+        return 1e3 * statistics.median(stream.ttft_s for stream in self.streams)
+
+    @property
+    def inter_token_ms(self) -> float:
+        return 1e3 * statistics.median(stream.inter_token_s for stream in self.streams)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return sum(len(stream.arrivals_s) for stream in self.streams) / self.wall_s
+
+    def as_row(self) -> dict[str, float]:
+        return {
+            "ttft_ms": round(self.ttft_ms, 2),
+            "inter_token_ms": round(self.inter_token_ms, 3),
+            "tokens_per_s": round(self.tokens_per_s, 1),
+        }
+
+
+def provenance() -> dict[str, str]:
+    """Which machine and which commit; `-dirty` when the working tree differs from it."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    commit = git("rev-parse", "--short=12", "HEAD") or "unknown"
+    return {
+        "commit": commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else ""),
+        "cpu": _cpu_name(),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+    }
+
+
+def write_result(name: str, result: dict[str, Any]) -> Path:
+    source = result["provenance"]
+    machine = "".join(letter if letter.isalnum() else "-" for letter in source["cpu"]).strip("-").lower()[:40]
+    path = ROOT / "bench" / "results" / f"{name}-{machine}-{source['commit']}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    return path
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """In Markdown, so that it can go into the README as it is."""
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    for row in (header, ["-" * width for width in widths], *rows):
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
