@@ -4,6 +4,7 @@ from kvrelay_client.async_client import AsyncClient, GenerateStream
 from kvrelay_client.client import BlockingGenerateStream, Client
 from kvrelay_client.requests import GenerateOptions, SamplingOptions
 from kvrelay_client.responses import Completion, Delta, Finish, ModelInfo, Timing
+from kvrelay_core.rpc.channel import TlsFiles
 
 __all__ = [
     "AsyncClient",
@@ -17,4 +18,5 @@ __all__ = [
     "ModelInfo",
     "SamplingOptions",
     "Timing",
+    "TlsFiles",
 ]

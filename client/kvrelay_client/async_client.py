@@ -21,8 +21,10 @@ from kvrelay_client.responses import (
     model_info_from_wire,
 )
 from kvrelay_core.errors import InvalidRequestError
-from kvrelay_core.rpc.channel import open_channel
+from kvrelay_core.rpc.channel import TlsFiles, open_channel
 from kvrelay_core.rpc.status import error_from_rpc
+
+MODEL_INFO_TIMEOUT_S = 30.0
 
 
 def credentials_metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
@@ -68,10 +70,11 @@ class GenerateStream:
 class AsyncClient:
     """One channel to a router at `target` (HOST:PORT). Use it as `async with`, or call `close()`."""
 
-    def __init__(self, target: str, api_key: str | None = None) -> None:
+    def __init__(self, target: str, api_key: str | None = None, *, tls: TlsFiles | None = None) -> None:
+        """`tls` for a router that was started with `--tls-cert`."""
         self._target = target
         self._metadata = credentials_metadata(api_key)
-        self._channel = open_channel(target)
+        self._channel = open_channel(target, tls)
         self._stub = InferenceServiceStub(self._channel)
 
     def generate(
@@ -96,7 +99,7 @@ class AsyncClient:
         timeout_s: float | None = None,
         **options: Unpack[GenerateOptions],
     ) -> Completion:
-        """The whole answer; for `n` above 1 see `complete_all`."""
+        """The whole answer; for `n` above 1 see `complete_all`. Without `timeout_s` it waits as long as it takes."""
         require_one_choice(options)
         return (
             await self.complete_all(prompt, token_ids=token_ids, messages=messages, timeout_s=timeout_s, **options)
@@ -117,10 +120,11 @@ class AsyncClient:
         ) as stream:
             return collect([event async for event in stream])
 
-    async def model_info(self, model: str = "") -> ModelInfo:
+    async def model_info(self, model: str = "", *, timeout_s: float = MODEL_INFO_TIMEOUT_S) -> ModelInfo:
         try:
             request = pb.GetModelInfoRequest(model=model)
-            return model_info_from_wire(await self._stub.GetModelInfo(request, metadata=self._metadata))
+            answer = await self._stub.GetModelInfo(request, timeout=timeout_s, metadata=self._metadata)
+            return model_info_from_wire(answer)
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error, self._target) from error
 

@@ -10,7 +10,7 @@ import grpc
 
 from kvrelay.v1 import inference_pb2 as pb
 from kvrelay.v1.inference_pb2_grpc import InferenceServiceStub
-from kvrelay_client.async_client import credentials_metadata, require_one_choice
+from kvrelay_client.async_client import MODEL_INFO_TIMEOUT_S, credentials_metadata, require_one_choice
 from kvrelay_client.requests import GenerateOptions, build_request
 from kvrelay_client.responses import (
     Completion,
@@ -21,7 +21,7 @@ from kvrelay_client.responses import (
     event_from_wire,
     model_info_from_wire,
 )
-from kvrelay_core.rpc.channel import CHANNEL_OPTIONS
+from kvrelay_core.rpc.channel import CHANNEL_OPTIONS, TlsFiles
 from kvrelay_core.rpc.status import error_from_rpc
 
 
@@ -62,10 +62,11 @@ class BlockingGenerateStream:
 class Client:
     """One channel to a router at `target` (HOST:PORT). Use it as `with`, or call `close()`."""
 
-    def __init__(self, target: str, api_key: str | None = None) -> None:
+    def __init__(self, target: str, api_key: str | None = None, *, tls: TlsFiles | None = None) -> None:
+        """`tls` for a router that was started with `--tls-cert`."""
         self._target = target
         self._metadata = credentials_metadata(api_key)
-        self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self._channel = _open_channel(target, tls)
         self._stub: Any = InferenceServiceStub(self._channel)
 
     def generate(
@@ -91,7 +92,7 @@ class Client:
         timeout_s: float | None = None,
         **options: Unpack[GenerateOptions],
     ) -> Completion:
-        """The whole answer; for `n` above 1 see `complete_all`."""
+        """The whole answer; for `n` above 1 see `complete_all`. Without `timeout_s` it waits as long as it takes."""
         require_one_choice(options)
         return self.complete_all(prompt, token_ids=token_ids, messages=messages, timeout_s=timeout_s, **options)[0]
 
@@ -108,11 +109,10 @@ class Client:
         with self.generate(prompt, token_ids=token_ids, messages=messages, timeout_s=timeout_s, **options) as stream:
             return collect(stream)
 
-    def model_info(self, model: str = "") -> ModelInfo:
+    def model_info(self, model: str = "", *, timeout_s: float = MODEL_INFO_TIMEOUT_S) -> ModelInfo:
         try:
-            return model_info_from_wire(
-                self._stub.GetModelInfo(pb.GetModelInfoRequest(model=model), metadata=self._metadata)
-            )
+            request = pb.GetModelInfoRequest(model=model)
+            return model_info_from_wire(self._stub.GetModelInfo(request, timeout=timeout_s, metadata=self._metadata))
         except grpc.RpcError as error:
             raise error_from_rpc(error, self._target) from error
 
@@ -126,3 +126,9 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _open_channel(target: str, tls: TlsFiles | None) -> grpc.Channel:
+    if tls is None:
+        return grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+    return grpc.secure_channel(target, tls.channel_credentials(), options=CHANNEL_OPTIONS)

@@ -81,5 +81,7 @@ def _set_prompt(
     else:
         request.messages.SetInParent()
         for message in messages or ():
+            if not {"role", "content"} <= message.keys():
+                raise InvalidRequestError("each message needs a role and a content", field="messages")
             wire = request.messages.messages.add(role=message["role"])
             wire.content.add(text=message["content"])

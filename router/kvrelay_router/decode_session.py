@@ -1,12 +1,11 @@
 """The Session with a decode worker: opens, resumes and aborts requests, and hands out their tokens.
 
-Decode goes on while the transport is lost; within `reattach_s` the router comes back and names, per request, the
-next position that it needs (PROTOCOL C7). Later, or when the engine restarted meanwhile, the requests are lost.
+After a lost transport the router names, per request, the next position that it needs (PROTOCOL C7). What the worker
+may not have got is said again: an open as it is, the answer to a lost hand-off when the worker asks once more (C3).
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,7 +15,8 @@ import grpc
 from kvrelay.v1 import common_pb2, decode_pb2
 from kvrelay.v1.decode_pb2_grpc import DecodeServiceStub
 from kvrelay.v1.prefill_pb2 import SessionHello, SessionWelcome
-from kvrelay_core.errors import KvRelayError, WorkerLostError
+from kvrelay_core.errors import KvRelayError, SupersededError
+from kvrelay_core.rpc.status import error_from_detail
 from kvrelay_router.worker_session import WorkerSession
 
 
@@ -38,48 +38,36 @@ class DecodeListener(Protocol):
 class _Open:
     attempt: common_pb2.AttemptId
     listener: DecodeListener
-    # Kept until the worker answers: after a lost transport nobody knows whether it arrived.
+    # An open or resume that the worker has not answered: after a lost transport nobody knows whether it arrived.
     unanswered: decode_pb2.DecodeServiceSessionRequest | None
+    lost_attempt: common_pb2.AttemptId | None = None  # which the unanswered resume supersedes
+    is_asking: bool = False  # whether the worker has got the resume
 
 
-class DecodeSession(WorkerSession):
+class DecodeSession(WorkerSession[_Open]):
     role = "decode"
-
-    def __init__(self, *args: Any, reattach_s: float, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._open: dict[int, _Open] = {}
-        self._reattach_s = reattach_s
-        self._giving_up: asyncio.TimerHandle | None = None
-
-    @property
-    def num_open(self) -> int:
-        return len(self._open)
+    _last_words = frozenset({"abort"})
 
     def open(self, start: decode_pb2.DecodeStart, listener: DecodeListener) -> int:
-        """Returns the handle. Raises WorkerLostError when the worker does not serve now."""
-        self._require_serving()
-        handle = next(self._handles)
-        message = decode_pb2.DecodeServiceSessionRequest(open=decode_pb2.DecodeOpen(handle=handle, start=start))
-        self._open[handle] = _Open(start.attempt, listener, message)
-        self._send(message)
+        """Returns the handle. Raises UnavailableError when the worker does not serve now: nothing was sent."""
+        entry = _Open(start.attempt, listener, None)
+        handle = self._begin(entry)
+        opening = decode_pb2.DecodeOpen(handle=handle, start=start)
+        entry.unanswered = decode_pb2.DecodeServiceSessionRequest(open=opening)
+        self._send(entry.unanswered)
         return handle
 
     def resume(self, handle: int, resume: decode_pb2.DecodeResume) -> None:
         """The answer to HandoffLost. Without effect when the handle was lost meanwhile; its listener was told."""
         if (entry := self._open.get(handle)) is not None:
-            entry.attempt = resume.attempt
+            entry.lost_attempt, entry.attempt = entry.attempt, resume.attempt
             message = decode_pb2.DecodeResumeHandle(handle=handle, resume=resume)
             entry.unanswered = decode_pb2.DecodeServiceSessionRequest(resume=message)
             self._send(entry.unanswered)
 
     def abort(self, handle: int, reason: str) -> None:
-        if (entry := self._open.pop(handle, None)) is not None:
-            message = decode_pb2.DecodeAbortHandle(handle=handle, attempt=entry.attempt, reason=reason)
-            self._send(decode_pb2.DecodeServiceSessionRequest(abort=message))
-
-    def forget(self, handle: int) -> None:
-        """The worker holds nothing of the handle any more."""
-        self._open.pop(handle, None)
+        if (entry := self._open.get(handle)) is not None:
+            self._end(handle, _abort(handle, entry, reason))
 
     def _open_stream(self, channel: grpc.aio.Channel) -> Any:
         return DecodeServiceStub(channel).Session()
@@ -89,6 +77,8 @@ class DecodeSession(WorkerSession):
 
     def _welcome_of(self, response: Any) -> SessionWelcome | None:
         return response.welcome if response.HasField("welcome") else None
+
+    # ------------------------------------------------------------------------------------ messages
 
     def _receive(self, response: decode_pb2.DecodeServiceSessionResponse) -> None:
         if response.HasField("tokens"):
@@ -100,6 +90,8 @@ class DecodeSession(WorkerSession):
         entry = self._open.get(handle)
         if entry is None:
             return  # of a request that is over here
+        if entry.is_asking and self._hear_of_resume(handle, entry, event):
+            return
         entry.unanswered = None
         if event.WhichOneof("event") in ("failed", "handed_back"):
             del self._open[handle]
@@ -110,49 +102,51 @@ class DecodeSession(WorkerSession):
         for row, (handle, choice, position, token_id) in enumerate(rows):
             # Looked up for each row: a token may end its request.
             entry = self._open.get(handle)
-            if entry is not None:
+            if entry is not None and not entry.is_asking:
                 entry.unanswered = None
                 logprobs = step.logprobs[row] if step.logprobs else None
                 entry.listener.on_token(choice, position, token_id, logprobs)
 
-    def _connected(self, same_engine: bool) -> None:
-        if self._giving_up is not None:
-            self._giving_up.cancel()
-            self._giving_up = None
-        if not same_engine:
-            self._lose_all(self._restarted())
-        for handle, entry in list(self._open.items()):
-            if entry.unanswered is None:
-                self._send(self._reattach(handle, entry))
-            elif entry.unanswered.HasField("open"):
-                self._send(entry.unanswered)  # the same attempt re-attaches
-            else:
-                # Whether the resume arrived, and so which attempt lives there, is not known.
-                self.abort(handle, "the session was lost while the request resumed")
-                entry.listener.on_decode_lost(self._restarted())
+    # -------------------------------------------------------------------------------------- return
 
-    def _reattach(self, handle: int, entry: _Open) -> decode_pb2.DecodeServiceSessionRequest:
-        message = decode_pb2.DecodeReattach(
-            handle=handle, attempt=entry.attempt, next_positions=entry.listener.next_positions()
-        )
-        return decode_pb2.DecodeServiceSessionRequest(reattach=message)
+    def _reattach(self, handle: int, entry: _Open) -> None:
+        if entry.unanswered is None:
+            self._send_reattach(handle, entry, entry.attempt)
+        elif entry.lost_attempt is None:
+            self._send(entry.unanswered)  # the same attempt re-attaches
+        else:
+            # Asked for under the lost attempt, the worker asks once more if the resume has not arrived.
+            entry.is_asking = True
+            self._send_reattach(handle, entry, entry.lost_attempt)
 
-    def _restarted(self) -> KvRelayError:
-        return WorkerLostError(f"decode worker {self.worker_id} restarted or lost the request", peer=self.key)
+    def _hear_of_resume(self, handle: int, entry: _Open, event: decode_pb2.DecodeEvent) -> bool:
+        """Takes the worker's word on the attempt that lost its hand-off; False when it is for the listener."""
+        match event.WhichOneof("event"):
+            case "handoff_lost":
+                entry.is_asking = False
+                self._send(entry.unanswered)
+                return True
+            case "failed" if isinstance(error_from_detail(event.failed), SupersededError):
+                entry.is_asking, entry.unanswered = False, None  # it had arrived
+                self._send_reattach(handle, entry, entry.attempt)
+                return True
+            case "failed" | "handed_back":
+                return False
+            case _:
+                return True  # of the lost attempt
 
-    def _disconnected(self, error: KvRelayError) -> None:
-        if self._open and self._giving_up is None:
-            loop = asyncio.get_running_loop()
-            self._giving_up = loop.call_later(self._reattach_s, self._give_up, error)
+    def _send_reattach(self, handle: int, entry: _Open, attempt: common_pb2.AttemptId) -> None:
+        needed = entry.listener.next_positions()
+        message = decode_pb2.DecodeReattach(handle=handle, attempt=attempt, next_positions=needed)
+        self._send(decode_pb2.DecodeServiceSessionRequest(reattach=message))
 
-    def _give_up(self, error: KvRelayError) -> None:
-        self._giving_up = None
-        self._lose_all(error)
+    def _last_word(self, handle: int, entry: _Open) -> Any:
+        return _abort(handle, entry, "the router gave up on the lost session")
 
-    def _lose_all(self, error: KvRelayError) -> None:
-        if self._giving_up is not None:
-            self._giving_up.cancel()
-            self._giving_up = None
-        lost, self._open = self._open, {}
-        for entry in lost.values():
-            entry.listener.on_decode_lost(error)
+    def _tell_lost(self, entry: _Open, error: KvRelayError) -> None:
+        entry.listener.on_decode_lost(error)
+
+
+def _abort(handle: int, entry: _Open, reason: str) -> decode_pb2.DecodeServiceSessionRequest:
+    message = decode_pb2.DecodeAbortHandle(handle=handle, attempt=entry.attempt, reason=reason)
+    return decode_pb2.DecodeServiceSessionRequest(abort=message)

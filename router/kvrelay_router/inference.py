@@ -23,6 +23,7 @@ from kvrelay_router.choice_output import ChoiceOutput
 from kvrelay_router.config import RouterConfig
 from kvrelay_router.detokenizer import Detokenizer
 from kvrelay_router.fleet import Fleet
+from kvrelay_router.placement_wait import WaitTerms
 from kvrelay_router.prompt import PromptReader
 from kvrelay_router.request_run import RequestRun, RunIdentity
 from kvrelay_router.response_stream import ResponseStream
@@ -45,6 +46,7 @@ class InferenceServicer(InferenceServiceServicer):
         self._router_id = router_id
         self._fleet = fleet
         self._clock = clock
+        self._wait_terms = WaitTerms(absent_s=config.placement_wait_s, refused_s=config.refused_wait_s)
         self._checker = RequestChecker(config.served_name, checkpoint.defaults, config.limits)
         self._prompts = PromptReader(checkpoint.tokenizer)
         self._runs: set[RequestRun] = set()
@@ -66,8 +68,9 @@ class InferenceServicer(InferenceServiceServicer):
         self._enter()
         try:
             time_left_s = context.time_remaining()
-            run = await self._prepare(request, time_left_s)
-            with self._running(run, time_left_s):
+            deadline_at_s = None if time_left_s is None else self._clock.now() + time_left_s
+            run = await self._prepare(request, deadline_at_s)
+            with self._running(run, deadline_at_s):
                 async for response in run.response:
                     await self._write(run, context, response)
         finally:
@@ -80,7 +83,7 @@ class InferenceServicer(InferenceServiceServicer):
         self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.GetModelInfoResponse:
         self._checker.check_model(request.model)
-        model = self._fleet.registry.model()
+        model = await self._fleet.registry.wait_model(self._config.placement_wait_s)
         return pb.GetModelInfoResponse(
             model=self._config.served_name,
             max_model_len=model.max_model_len,
@@ -122,9 +125,9 @@ class InferenceServicer(InferenceServiceServicer):
         if not self._num_calls:
             self._idle.set()
 
-    async def _prepare(self, request: pb.GenerateRequest, time_left_s: float | None) -> RequestRun:
+    async def _prepare(self, request: pb.GenerateRequest, deadline_at_s: float | None) -> RequestRun:
         self._checker.check_envelope(request)
-        model = self._fleet.registry.model()
+        model = await self._fleet.registry.wait_model(self._config.placement_wait_s)
         prompt = await self._prompts.read(request, model.max_model_len)
         checked = self._checker.complete(request, prompt, model)
         request_id = uuid.uuid4().hex
@@ -138,8 +141,9 @@ class InferenceServicer(InferenceServiceServicer):
             self._outputs(checked),
             response,
             self._clock,
-            deadline_at_s=None if time_left_s is None else self._clock.now() + time_left_s,
+            deadline_at_s=deadline_at_s,
             max_replacements=self._config.max_replacements,
+            wait_terms=self._wait_terms,
         )
         return run
 
@@ -151,12 +155,13 @@ class InferenceServicer(InferenceServiceServicer):
         }
 
     @contextlib.contextmanager
-    def _running(self, run: RequestRun, time_left_s: float | None) -> Iterator[None]:
+    def _running(self, run: RequestRun, deadline_at_s: float | None) -> Iterator[None]:
         """Starts the run; however this ends, the run is over then."""
         timer = None
-        if time_left_s is not None:
-            error = DeadlineError(f"the deadline of {time_left_s:.3f} s has passed")
-            timer = asyncio.get_running_loop().call_later(time_left_s, run.abandon, error)
+        if deadline_at_s is not None:
+            error = DeadlineError("the request's deadline has passed")
+            left_s = max(0.0, deadline_at_s - self._clock.now())
+            timer = asyncio.get_running_loop().call_later(left_s, run.abandon, error)
         self._runs.add(run)
         try:
             run.start()

@@ -1,7 +1,8 @@
 """The state machine of one request over its (prefill, decode) pair. Pure: events in, actions out.
 
     place -> open prefill -> Accepted{ticket} -> open decode -> HandoffDone -> tokens ... endings -> complete
-                    \\-> Finished{first token}: to the client at once
+      |             \\-> Finished{first token}: to the client at once
+      \\-> decode alone: open decode without a ticket --------------------> tokens ...
 
 What goes wrong has a cheaper plan than failing: a refused ticket is offered to another decode worker, a lost
 hand-off is resumed where it was or placed anew with the committed tokens (PROTOCOL C). A request begins as one
@@ -25,16 +26,18 @@ from kvrelay_core.errors import (
     TicketRejectedError,
     UnavailableError,
     UnsupportedError,
+    WorkerLostError,
 )
 from kvrelay_core.request import ChoiceState, FirstToken, Generation
 from kvrelay_router import itinerary_messages as m
 from kvrelay_router.committer import Committer, Ending, Token
 from kvrelay_router.leg import DecodeState, Leg, PrefillState
 
-# A request that was on this many workers when they were lost may be what they died of.
+# A request that was on this many workers when they were lost may be what they died of (PROTOCOL C5).
 MAX_DEATHS = 2
 
-# The worker did not take it; the ticket is still good for another one.
+# The worker did not take it; the ticket is still good for another one. WorkerLostError is not among them though it
+# is an UnavailableError: a worker that says so of itself died with the request on it.
 _REFUSALS = (OverloadedError, UnavailableError)
 _WORTH_ANOTHER_PLACE = (UnavailableError, OverloadedError, HandoffError, TicketRejectedError, SupersededError)
 
@@ -49,6 +52,7 @@ class Itinerary:
         self.committer = Committer(choice.index for choice in generation.choices)
         self._attempt = 0
         self._legs: dict[str, Leg] = {}
+        self._died_on: set[str] = set()  # workers, of all legs: they carry the same prompt
         self._actions: list[m.Action] = []
         self.is_over = False
         self._first = Leg(request_id, tuple(choice.index for choice in generation.choices))
@@ -90,22 +94,24 @@ class Itinerary:
                 self._on_decode_ending(leg, ending)
             case m.Placed(route=route):
                 self._on_placed(leg, route)
-            case m.Unplaced(error=error):
-                self._on_unplaced(leg, error)
+            case m.Unplaced():
+                self._on_unplaced(leg, event)
             case m.PrefillAccepted(ticket=ticket):
                 self._on_accepted(leg, ticket)
             case m.PrefillFinished(tokens=first):
                 self._on_prefill_finished(leg, first)
             case m.PrefillFailed(error=error):
-                self._on_prefill_gone(leg, error, lost=False)
+                self._on_prefill_gone(leg, error, lost=isinstance(error, WorkerLostError))
             case m.PrefillLost(error=error):
                 self._on_prefill_gone(leg, error, lost=True)
             case m.HandoffDone():
                 leg.handoff_done()
-            case m.HandoffLost(error=error):
-                self._on_handoff_lost(leg, error)
+            case m.HandoffLost():
+                self._on_handoff_lost(leg, event)
             case m.HandedBack(error=error):
                 self._on_handed_back(leg, error)
+            case m.DecodeFailed(error=WorkerLostError() as error):
+                self._on_decode_lost(leg, error)
             case m.DecodeFailed(error=error):
                 self._on_decode_failed(leg, error)
             case m.DecodeLost(error=error):
@@ -129,48 +135,52 @@ class Itinerary:
         if not leg.is_placing:
             return
         leg.is_placing = False
-        leg.route = route
+        leg.placed_on = route
         if leg.ticket is not None:
+            self._open_decode(leg)
+            return
+        leg.generation = msgspec.structs.replace(self._generation, choices=self._states(leg))
+        if route.prefill is None:
             self._open_decode(leg)
             return
         leg.wants_handoff = any(
             self._generation.sampling.max_tokens - self.committer.next_position(choice) > 1 for choice in leg.choices
         )
         leg.prefill = PrefillState.OPEN
-        leg.generation = msgspec.structs.replace(self._generation, choices=self._states(leg))
         self._do(m.OpenPrefill(leg.key, leg.attempt, route.prefill, leg.generation, leg.wants_handoff))
 
-    def _on_unplaced(self, leg: Leg, error: KvRelayError) -> None:
-        if leg.is_placing:
-            self._fail(leg.cause or error)
+    def _on_unplaced(self, leg: Leg, event: m.Unplaced) -> None:
+        if not leg.is_placing:
+            return
+        if leg.cause is None:
+            self._fail(event.error)
+        elif event.all_refused:
+            self._fail(leg.cause)
+        else:
+            self._fail(UnavailableError(f"{event.error.message}; before that: {leg.cause.message}"))
 
     def _open_decode(self, leg: Leg) -> None:
-        assert leg.route is not None and leg.generation is not None and leg.ticket is not None
+        assert leg.generation is not None
         leg.decode = DecodeState.OPEN
         self._do(m.OpenDecode(leg.key, leg.attempt, leg.route.decode, leg.generation, leg.ticket))
 
     def _place_anew(self, leg: Leg, cause: KvRelayError, *, counts: bool) -> None:
         """With what is committed so far. `counts`: against the request's number of re-placements."""
         leg.cause = cause
-        if leg.deaths >= MAX_DEATHS:
-            message = f"{leg.deaths} workers were lost while they served this request; it is not tried again"
+        deaths = self._num_deaths(leg)
+        if deaths >= MAX_DEATHS:
+            message = f"{deaths} workers were lost while they served this request; it is not tried again"
             self._fail(UnavailableError(f"{message} ({cause.message})"))
         elif counts and leg.replacements >= self._max_replacements:
             self._fail(cause)
         else:
             leg.replacements += counts
             del self._legs[leg.key]
-            pending = tuple(choice for choice in leg.choices if not self.committer.is_over(choice))
-            for next_leg in self._split(leg, pending):
+            leg.choices = pending = tuple(choice for choice in leg.choices if not self.committer.is_over(choice))
+            # Several choices travel together only while none of them has tokens: they fork from one prompt.
+            for next_leg in leg.split(pending) if any(map(self.committer.next_position, pending)) else [leg]:
                 self._begin_attempt(next_leg)
                 self._place(next_leg)
-
-    def _split(self, leg: Leg, pending: tuple[int, ...]) -> list[Leg]:
-        """Several choices travel together only while none of them has tokens: they fork from one prompt."""
-        if len(pending) > 1 and any(map(self.committer.next_position, pending)):
-            return [leg.for_choice(choice) for choice in pending]
-        leg.choices = pending
-        return [leg]
 
     # --------------------------------------------------------------------------------------- prefill
 
@@ -204,14 +214,14 @@ class Itinerary:
         if leg.prefill in (PrefillState.NONE, PrefillState.CLOSED):
             return
         was, leg.prefill = leg.prefill, PrefillState.CLOSED
-        assert leg.route is not None
+        assert leg.route.prefill is not None
         if lost:
-            leg.died_on(leg.route.prefill)
+            self._note_death(leg, leg.route.prefill)
         if leg.decode is not DecodeState.NONE:
             # Decode's Follow ends too: it says HandoffLost, unless it has all it needs already.
             if not lost and not isinstance(error, _WORTH_ANOTHER_PLACE):
                 self._fail(error)
-        elif was is PrefillState.OPEN and isinstance(error, _REFUSALS):
+        elif not lost and was is PrefillState.OPEN and isinstance(error, _REFUSALS):
             leg.refused_by.add(leg.route.prefill)
             self._place_anew(leg, error, counts=False)
         elif lost or isinstance(error, _WORTH_ANOTHER_PLACE):
@@ -220,12 +230,10 @@ class Itinerary:
             self._fail(error)
 
     def _close_prefill(self, leg: Leg) -> None:
-        if leg.prefill in (PrefillState.OPEN, PrefillState.ACCEPTED):
-            assert leg.route is not None
-            self._do(m.CancelPrefill(leg.key, leg.attempt, leg.route.prefill))
-        elif leg.prefill is PrefillState.FINISHED:
-            assert leg.route is not None
-            self._do(m.ReleaseTicket(leg.key, leg.attempt, leg.route.prefill))
+        if leg.prefill not in (PrefillState.NONE, PrefillState.CLOSED):
+            assert leg.route.prefill is not None
+            action = m.ReleaseTicket if leg.prefill is PrefillState.FINISHED else m.CancelPrefill
+            self._do(action(leg.key, leg.attempt, leg.route.prefill))
         leg.prefill = PrefillState.CLOSED
 
     # ---------------------------------------------------------------------------------------- decode
@@ -241,32 +249,33 @@ class Itinerary:
         self._end(leg, ending)
         leg.decode_ended(ending.choice)
 
-    def _on_handoff_lost(self, leg: Leg, error: KvRelayError) -> None:
+    def _on_handoff_lost(self, leg: Leg, event: m.HandoffLost) -> None:
         if leg.decode is not DecodeState.OPEN:
             return
+        if leg.route.prefill is not None and isinstance(event.error, WorkerLostError):
+            self._note_death(leg, leg.route.prefill)  # decode may notice before we do
         self._close_prefill(leg)
-        if self._may_resume(leg):
+        if self._may_resume(leg, event.verified_tokens):
             self._resume(leg)
             return
-        assert leg.route is not None
         self._abort_decode(leg, "the hand-off is lost; the request is placed anew")
-        leg.lost_on.update((leg.route.prefill, leg.route.decode))
-        self._place_anew(leg, error, counts=True)
+        leg.lost_on.update(worker for worker in (leg.route.prefill, leg.route.decode) if worker is not None)
+        self._place_anew(leg, event.error, counts=True)
 
-    def _may_resume(self, leg: Leg) -> bool:
-        assert leg.route is not None
+    def _may_resume(self, leg: Leg, verified_tokens: int) -> bool:
+        """Whether decode may compute what it has no KV of."""
         pending = [choice for choice in leg.choices if not self.committer.is_over(choice)]
         committed = max(map(self.committer.next_position, pending), default=0)
-        if len(pending) > 1 and committed:
+        if (len(pending) > 1 and committed) or self._num_deaths(leg) >= MAX_DEATHS:
             return False
-        return len(self._generation.prompt) + committed <= leg.route.decode_alone_tokens
+        missing = len(self._generation.prompt) + committed - verified_tokens
+        return missing <= leg.route.decode_alone_tokens
 
     def _resume(self, leg: Leg) -> None:
-        assert leg.route is not None
         lost, route = leg.attempt, leg.route
         leg.choices = tuple(choice for choice in leg.choices if not self.committer.is_over(choice))
         self._begin_attempt(leg)
-        leg.route = route
+        leg.placed_on = route
         leg.decode = DecodeState.RUNNING
         self._do(m.ResumeDecode(leg.key, leg.attempt, route.decode, lost, self._states(leg)))
 
@@ -281,13 +290,8 @@ class Itinerary:
     def _on_decode_failed(self, leg: Leg, error: KvRelayError) -> None:
         if leg.decode not in (DecodeState.OPEN, DecodeState.RUNNING):
             return
-        assert leg.route is not None
         was, leg.decode = leg.decode, DecodeState.CLOSED
-        if was is DecodeState.OPEN and isinstance(error, _REFUSALS) and leg.holds_ticket:
-            leg.refused_by.add(leg.route.decode)
-            leg.decode = DecodeState.NONE
-            leg.cause = error
-            self._place(leg, prefill=leg.route.prefill)
+        if was is DecodeState.OPEN and isinstance(error, _REFUSALS) and self._refused_by_decode(leg, error):
             return
         self._close_prefill(leg)
         unfit = isinstance(error, MismatchError) and not isinstance(error, UnsupportedError)
@@ -297,20 +301,39 @@ class Itinerary:
         else:
             self._fail(error)
 
+    def _refused_by_decode(self, leg: Leg, error: KvRelayError) -> bool:
+        """Offers the request to another decode worker. False when that would not be for free."""
+        if leg.holds_ticket:
+            leg.refused_by.add(leg.route.decode)
+            leg.decode = DecodeState.NONE
+            leg.cause = error
+            self._place(leg, prefill=leg.route.prefill)
+            return True
+        if leg.route.prefill is None and self._num_committed(leg) <= leg.committed_before:
+            leg.refused_by.add(leg.route.decode)
+            self._place_anew(leg, error, counts=False)
+            return True
+        return False
+
     def _on_decode_lost(self, leg: Leg, error: KvRelayError) -> None:
         if leg.decode not in (DecodeState.OPEN, DecodeState.RUNNING):
             return
-        assert leg.route is not None
         leg.decode = DecodeState.CLOSED
-        leg.died_on(leg.route.decode)
+        self._note_death(leg, leg.route.decode)
         self._close_prefill(leg)
         self._place_anew(leg, error, counts=True)
 
     def _abort_decode(self, leg: Leg, reason: str) -> None:
         if leg.decode in (DecodeState.OPEN, DecodeState.RUNNING):
-            assert leg.route is not None
             self._do(m.AbortDecode(leg.key, leg.attempt, leg.route.decode, reason))
         leg.decode = DecodeState.CLOSED
+
+    def _note_death(self, leg: Leg, worker: str) -> None:
+        leg.died_on(worker)
+        self._died_on.add(worker)
+
+    def _num_deaths(self, leg: Leg) -> int:
+        return max(leg.deaths, len(self._died_on))
 
     # ---------------------------------------------------------------------------------------- tokens
 

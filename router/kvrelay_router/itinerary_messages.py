@@ -17,9 +17,9 @@ from kvrelay_router.committer import Ending, Token
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """The pair that a leg was placed on."""
+    """Where a leg was placed: on a pair, or on a decode worker alone."""
 
-    prefill: str
+    prefill: str | None
     decode: str
     decode_alone_tokens: int = 0  # inputs up to this long may be recomputed on the decode worker
 
@@ -40,9 +40,10 @@ class Placed(LegEvent):
 
 @dataclass(frozen=True, slots=True)
 class Unplaced(LegEvent):
-    """No worker may take it."""
+    """Nobody took it in time. `all_refused`: workers serve, and each of them said no."""
 
     error: KvRelayError
+    all_refused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class PrefillFinished(LegEvent):
 
 @dataclass(frozen=True, slots=True)
 class PrefillFailed(LegEvent):
-    """The worker gave the request up; it holds nothing of it any more."""
+    """The worker gave the request up; it holds nothing of it any more. A WorkerLostError is the worker's own end."""
 
     error: KvRelayError
 
@@ -91,6 +92,7 @@ class HandoffLost(LegEvent):
     """Decode waits to be told: resume or abort."""
 
     error: KvRelayError
+    verified_tokens: int = 0  # whose KV decode has; the rest of the input would be computed there
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,8 @@ class HandedBack(LegEvent):
 
 @dataclass(frozen=True, slots=True)
 class DecodeFailed(LegEvent):
+    """As PrefillFailed."""
+
     error: KvRelayError
 
 
@@ -137,7 +141,7 @@ class LegAction:
 
 @dataclass(frozen=True, slots=True)
 class Place(LegAction):
-    """Find a pair; with `prefill` given, only a decode worker for the ticket that this prefill issued."""
+    """Find workers; with `prefill` given, only a decode worker for the ticket that this prefill issued."""
 
     excluded: frozenset[str]  # refused it: not again
     avoided: frozenset[str]  # lost it: rather others
@@ -167,7 +171,7 @@ class ReleaseTicket(LegAction):
 class OpenDecode(LegAction):
     worker: str
     generation: Generation
-    ticket: KvTicket
+    ticket: KvTicket | None  # None: compute everything there
 
 
 @dataclass(frozen=True, slots=True)

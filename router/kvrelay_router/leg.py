@@ -1,4 +1,4 @@
-"""The state of one leg of an itinerary: some choices of a request on one (prefill, decode) pair at a time.
+"""The state of one leg of an itinerary: some choices of a request at one place at a time, a pair or decode alone.
 
 `Itinerary` moves it; here are only the states and the transitions that concern nothing but the leg.
 """
@@ -35,13 +35,14 @@ class Leg:
     choices: tuple[int, ...]
     attempt: int = 0
     is_placing: bool = False
-    route: Route | None = None
+    placed_on: Route | None = None
     prefill: PrefillState = PrefillState.NONE
     decode: DecodeState = DecodeState.NONE
     wants_handoff: bool = False
     generation: Generation | None = None  # as both workers get it
     ticket: KvTicket | None = None
     ended_at_decode: set[int] = field(default_factory=set)
+    died_at: set[str] = field(default_factory=set)
     # Over all attempts:
     replacements: int = 0
     deaths: int = 0
@@ -49,6 +50,11 @@ class Leg:
     lost_on: set[str] = field(default_factory=set)
     cause: KvRelayError | None = None  # why it is placed again
     committed_before: int = 0  # tokens when the attempt began
+
+    @property
+    def route(self) -> Route:
+        assert self.placed_on is not None, "not placed yet"
+        return self.placed_on
 
     @property
     def is_prefilling(self) -> bool:
@@ -68,13 +74,14 @@ class Leg:
         assert attempt > self.attempt
         self.attempt = attempt
         self.is_placing = False
-        self.route = None
+        self.placed_on = None
         self.prefill = PrefillState.NONE
         self.decode = DecodeState.NONE
         self.wants_handoff = False
         self.generation = None
         self.ticket = None
         self.ended_at_decode = set()
+        self.died_at = set()
 
     def prefill_finished(self) -> None:
         waits_for_decode = self.ticket is not None and self.decode in (DecodeState.NONE, DecodeState.OPEN)
@@ -94,11 +101,17 @@ class Leg:
             self.decode = DecodeState.CLOSED
 
     def died_on(self, worker: str) -> None:
-        """A worker that the leg needed was lost."""
-        self.deaths += 1
+        """A worker was lost with the leg on it; counted once an attempt, however many say so."""
+        if worker not in self.died_at:
+            self.died_at.add(worker)
+            self.deaths += 1
         self.lost_on.add(worker)
 
-    def for_choice(self, choice: int) -> Leg:
+    def split(self, choices: tuple[int, ...]) -> list[Leg]:
+        """A leg for each choice."""
+        return [self] if len(choices) == 1 else [self._for_choice(choice) for choice in choices]
+
+    def _for_choice(self, choice: int) -> Leg:
         """A leg of its own for one choice, with the history of this one. Its key differs, so that the choices do
         not supersede each other on a worker."""
         return Leg(

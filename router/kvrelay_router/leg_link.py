@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from kvrelay.v1 import common_pb2, decode_pb2, prefill_pb2
-from kvrelay_core.errors import DrainingError, KvRelayError, WorkerLostError
+from kvrelay_core.errors import DrainingError, KvRelayError, UnavailableError
 from kvrelay_core.request import FinishReason
 from kvrelay_core.rpc import wire
 from kvrelay_core.rpc.status import error_from_detail
@@ -18,6 +18,7 @@ from kvrelay_router.committer import Ending, Token
 from kvrelay_router.decode_session import DecodeSession
 from kvrelay_router.fleet import Fleet
 from kvrelay_router.placement import RequestView
+from kvrelay_router.placement_wait import PlacementWait, WaitTerms
 from kvrelay_router.prefill_session import PrefillSession
 
 if TYPE_CHECKING:
@@ -28,18 +29,33 @@ class PrefillLink:
     """One open request at a prefill worker."""
 
     def __init__(
-        self, run: RequestRun, session: PrefillSession, leg: str, attempt: int, on_finished: Callable[[], None]
+        self,
+        run: RequestRun,
+        session: PrefillSession,
+        action: m.OpenPrefill,
+        on_accepted: Callable[[common_pb2.KvTicket | None], None],
+        on_finished: Callable[[], None],
     ) -> None:
-        self._run, self.session, self._leg, self._attempt = run, session, leg, attempt
-        self._on_finished = on_finished
+        self._run, self.session, self._leg, self._attempt = run, session, action.leg, action.attempt
+        self._on_accepted, self._on_finished = on_accepted, on_finished
         self.handle = 0
+        self.is_finished = False
+        self.is_handed_over = not action.handoff
+
+    def close_if_done(self) -> None:
+        """Once the worker has no more to say or to keep, a lost session need not bring it back."""
+        if self.is_finished and self.is_handed_over:
+            self.session.forget(self.handle)
 
     def on_prefill(self, event: prefill_pb2.PrefillResponse) -> None:
         match event.WhichOneof("event"):
             case "accepted":
                 ticket = event.accepted.ticket if event.accepted.HasField("ticket") else None
+                self._on_accepted(ticket)
                 self._run.feed(m.PrefillAccepted(self._leg, self._attempt, ticket))
             case "finished":
+                self.is_finished = True
+                self.close_if_done()
                 self._on_finished()
                 self._run.note_prefill_finished(event.finished)
                 tokens = tuple(map(wire.first_token_from_wire, event.finished.first_tokens))
@@ -60,10 +76,11 @@ class DecodeLink:
     """One open request at a decode worker; a resume gives it a higher attempt."""
 
     def __init__(
-        self, run: RequestRun, session: DecodeSession, leg: str, attempt: int, choices: tuple[int, ...]
+        self, run: RequestRun, session: DecodeSession, action: m.OpenDecode, on_accepted: Callable[[], None]
     ) -> None:
-        self._run, self.session, self._leg, self.attempt = run, session, leg, attempt
-        self._choices = choices
+        self._run, self.session, self._leg, self.attempt = run, session, action.leg, action.attempt
+        self._choices = tuple(choice.index for choice in action.generation.choices)
+        self._on_accepted = on_accepted
         self.handle = 0
 
     def on_token(self, choice: int, position: int, token_id: int, logprobs: common_pb2.TokenLogprobs | None) -> None:
@@ -74,13 +91,15 @@ class DecodeLink:
     def on_decode(self, event: decode_pb2.DecodeEvent) -> None:
         match event.WhichOneof("event"):
             case "accepted":
+                self._on_accepted()
                 self._run.note_handoff(event.accepted)
                 self._run.feed(m.HandoffDone(self._leg, self.attempt))
             case "finished":
                 self._run.feed(m.DecodeEnding(self._leg, self.attempt, _ending(event.finished)))
             case "handoff_lost":
                 error = error_from_detail(event.handoff_lost.cause)
-                self._run.feed(m.HandoffLost(self._leg, self.attempt, error))
+                verified_tokens = event.handoff_lost.verified_tokens
+                self._run.feed(m.HandoffLost(self._leg, self.attempt, error, verified_tokens))
             case "handed_back":
                 self._run.feed(m.HandedBack(self._leg, self.attempt, error_from_detail(event.handed_back.cause)))
             case "failed":
@@ -99,17 +118,17 @@ class DecodeLink:
 
 
 class LegLink:
-    def __init__(self, run: RequestRun, fleet: Fleet, leg: str) -> None:
-        self._run, self._fleet, self._leg = run, fleet, leg
+    def __init__(self, run: RequestRun, fleet: Fleet, wait_terms: WaitTerms) -> None:
+        self._run, self._fleet = run, fleet
+        self.placement = PlacementWait(fleet, wait_terms, run.do_guarded)
         self._prefill: PrefillLink | None = None
         self._decode: DecodeLink | None = None
         self._charges: dict[str, tuple[str, int]] = {}  # role -> (worker, tokens)
 
-    def charge_pair(self, route: m.Route, view: RequestView) -> None:
-        self._charge("prefill", route.prefill, view.num_input_tokens)
-        self.charge_decode(route, view)
-
-    def charge_decode(self, route: m.Route, view: RequestView) -> None:
+    def charge(self, route: m.Route, view: RequestView, *, has_ticket: bool) -> None:
+        """With a ticket, prefill has been charged already."""
+        if route.prefill is not None and not has_ticket:
+            self._charge("prefill", route.prefill, view.num_input_tokens)
         self._charge("decode", route.decode, view.num_total_tokens)
 
     def _charge(self, role: str, worker: str, num_tokens: int) -> None:
@@ -121,8 +140,19 @@ class LegLink:
         if (charge := self._charges.pop(role, None)) is not None:
             self._fleet.loads.discharge(*charge)
 
+    def _prefill_accepted(self, ticket: common_pb2.KvTicket | None) -> None:
+        self.placement.accepted()
+        if ticket is not None and ticket.lease.first_follow_s > 0:
+            self.placement.ticket_s = ticket.lease.first_follow_s
+
     def _prefill_finished(self) -> None:
         self._discharge("prefill")
+
+    def _decode_accepted(self) -> None:
+        self.placement.accepted()
+        if self._prefill is not None:
+            self._prefill.is_handed_over = True
+            self._prefill.close_if_done()
 
     def do(self, action: m.LegAction) -> None:
         match action:
@@ -141,6 +171,7 @@ class LegLink:
 
     def close(self) -> None:
         """Forgets the handles, with which the workers are through, and what they were charged."""
+        self.placement.cancel()
         self._discharge("prefill")
         self._discharge("decode")
         self._forget_handles()
@@ -163,7 +194,7 @@ class LegLink:
     def _open_prefill(self, action: m.OpenPrefill) -> None:
         self._forget_handles()  # of an earlier attempt
         session = self._fleet.registry.prefill[action.worker]
-        link = PrefillLink(self._run, session, action.leg, action.attempt, self._prefill_finished)
+        link = PrefillLink(self._run, session, action, self._prefill_accepted, self._prefill_finished)
         request = prefill_pb2.PrefillRequest(
             attempt=wire.attempt_to_wire(self._run.attempt_id(action.leg, action.attempt)),
             generation=wire.generation_to_wire(self._run.with_time_left(action.generation)),
@@ -171,15 +202,14 @@ class LegLink:
         )
         try:
             link.handle = session.open(request, link)
-        except WorkerLostError as error:
+        except UnavailableError as error:
             self._run.feed(m.PrefillFailed(action.leg, action.attempt, error))
         else:
             self._prefill = link
 
     def _open_decode(self, action: m.OpenDecode) -> None:
         session = self._fleet.registry.decode[action.worker]
-        choices = tuple(choice.index for choice in action.generation.choices)
-        link = DecodeLink(self._run, session, action.leg, action.attempt, choices)
+        link = DecodeLink(self._run, session, action, self._decode_accepted)
         start = decode_pb2.DecodeStart(
             attempt=wire.attempt_to_wire(self._run.attempt_id(action.leg, action.attempt)),
             generation=wire.generation_to_wire(self._run.with_time_left(action.generation)),
@@ -187,8 +217,7 @@ class LegLink:
         )
         try:
             link.handle = session.open(start, link)
-        except WorkerLostError as error:
-            # Nothing was sent, so this is a refusal and not a loss.
+        except UnavailableError as error:
             self._run.feed(m.DecodeFailed(action.leg, action.attempt, error))
         else:
             self._decode = link

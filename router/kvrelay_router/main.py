@@ -1,6 +1,6 @@
 """The router's process: start, serve, drain, stop.
 
-read tokenizer and defaults -> bind -> connect to the workers -> ready when one of each role serves
+read tokenizer and defaults -> bind -> connect to the workers -> ready when one of each listed role serves
 SIGTERM or SIGINT -> refuse new requests, let running ones end -> stop; a second signal stops now
 """
 
@@ -54,13 +54,14 @@ class RouterServer:
     def __init__(self, config: RouterConfig, checkpoint: Checkpoint) -> None:
         self._config = config
         router_id = f"router-{uuid.uuid4().hex[:12]}"
-        self.registry = Registry(router_id, config.prefill, config.decode, reattach_s=config.reattach_s)
+        self.registry = Registry(router_id, config.prefill, config.decode, reattach_s=config.reattach_s, tls=config.tls)
         self.fleet = Fleet(self.registry, make_placement(config.placement))
         self.inference = InferenceServicer(config, checkpoint, router_id, self.fleet, MonotonicClock())
         keys = read_api_keys(Path(config.api_key_file)) if config.api_key_file else ()
         self._rpc = RpcServer(
             config.host,
             config.port,
+            tls=config.tls,
             reflected=(INFERENCE_SERVICE,) if config.reflection else (),
             interceptors=(BearerAuth(keys),) if keys else (),
         )
@@ -93,8 +94,9 @@ class RouterServer:
 
     async def _follow_readiness(self) -> None:
         while True:
-            await self._rpc.set_serving(INFERENCE_SERVICE, self.registry.is_ready)
-            await self.registry.wait_changed()
+            ready = self.registry.is_ready
+            await self._rpc.set_serving(INFERENCE_SERVICE, ready)
+            await self.registry.wait_until(lambda told=ready: self.registry.is_ready != told)  # type: ignore[misc]
 
     async def _stop_following(self) -> None:
         if self._health is not None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvrelay_core.errors import ConfigError, UnavailableError
+from kvrelay_core.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class RequestView:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A worker that serves, with the tokens that this router has outstanding there."""
+    """A worker that serves, with the tokens that are outstanding there."""
 
     key: str
     outstanding_tokens: int
@@ -42,19 +42,19 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    prefill: Sequence[Candidate]
+    prefill: Sequence[Candidate]  # empty: the cluster has none
     decode: Sequence[Candidate]
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    prefill: str
+    prefill: str | None  # None: decode computes the prompt too, and nothing is handed off
     decode: str
 
 
 class Placement(Protocol):
     def place(self, request: RequestView, candidates: Candidates) -> Decision:
-        """Both lists have at least one candidate."""
+        """There is at least one decode candidate."""
         ...
 
 
@@ -65,9 +65,10 @@ class RoundRobin:
         self._last_prefill = self._last_decode = ""
 
     def place(self, request: RequestView, candidates: Candidates) -> Decision:
-        self._last_prefill = _next_after(self._last_prefill, candidates.prefill)
+        if candidates.prefill:
+            self._last_prefill = _next_after(self._last_prefill, candidates.prefill)
         self._last_decode = _next_after(self._last_decode, candidates.decode)
-        return Decision(self._last_prefill, self._last_decode)
+        return Decision(self._last_prefill if candidates.prefill else None, self._last_decode)
 
 
 class LeastLoad:
@@ -77,9 +78,10 @@ class LeastLoad:
         self._last_prefill = self._last_decode = ""
 
     def place(self, request: RequestView, candidates: Candidates) -> Decision:
-        self._last_prefill = _next_after(self._last_prefill, _least_loaded(candidates.prefill))
+        if candidates.prefill:
+            self._last_prefill = _next_after(self._last_prefill, _least_loaded(candidates.prefill))
         self._last_decode = _next_after(self._last_decode, _least_loaded(candidates.decode))
-        return Decision(self._last_prefill, self._last_decode)
+        return Decision(self._last_prefill if candidates.prefill else None, self._last_decode)
 
 
 def make_placement(name: str) -> Placement:
@@ -90,25 +92,19 @@ def make_placement(name: str) -> Placement:
     return policies[name]()
 
 
-def eligible(
-    role: str, workers: Sequence[Candidate], excluded: frozenset[str], avoided: frozenset[str]
-) -> list[Candidate]:
-    """The candidates that did not refuse the request, those that lost it only when there is no other.
-
-    Raises UnavailableError when none is left.
-    """
+def eligible(workers: Sequence[Candidate], excluded: frozenset[str], avoided: frozenset[str]) -> list[Candidate]:
+    """The candidates that did not refuse the request, those that lost it only when there is no other."""
     willing = [worker for worker in workers if worker.key not in excluded]
-    if not willing:
-        tried = f"; {len(workers)} refused this request" if workers else ""
-        raise UnavailableError(f"no {role} worker can take the request{tried}; try again later", role=role)
     return [worker for worker in willing if worker.key not in avoided] or willing
 
 
 class LoadAccount:
-    """Tokens that this router has outstanding at each worker, by its own account."""
+    """Tokens that are outstanding at each worker: by this router's own account, which is never late, and by what the
+    worker's reports show beyond it, which is the work of other routers."""
 
     def __init__(self) -> None:
         self._tokens: dict[str, int] = {}
+        self._others: dict[str, int] = {}
 
     def charge(self, worker: str, num_tokens: int) -> None:
         self._tokens[worker] = self._tokens.get(worker, 0) + num_tokens
@@ -121,8 +117,15 @@ class LoadAccount:
         else:
             del self._tokens[worker]
 
+    def note_report(self, worker: str, num_tokens: int) -> None:
+        self._others[worker] = max(0, num_tokens - self.outstanding(worker))
+
     def outstanding(self, worker: str) -> int:
+        """By the own account alone."""
         return self._tokens.get(worker, 0)
+
+    def load_of(self, worker: str) -> int:
+        return self.outstanding(worker) + self._others.get(worker, 0)
 
     @property
     def total(self) -> int:

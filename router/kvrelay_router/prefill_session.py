@@ -1,11 +1,12 @@
 """The Session with a prefill worker: opens requests, cancels them, releases tickets.
 
-The session is the lease of its tickets, so a lost one loses every open request at once.
+The session is the lease of its tickets. After a lost transport each open request is opened again under its attempt:
+the worker re-attaches it and tells everything that it has told before, of which listeners hear only what is new.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import grpc
@@ -22,46 +23,37 @@ class PrefillListener(Protocol):
     def on_prefill_lost(self, error: KvRelayError) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Open:
-    attempt: common_pb2.AttemptId
+    request: prefill_pb2.PrefillRequest
     listener: PrefillListener
-
-
-class PrefillSession(WorkerSession):
-    role = "prefill"
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._open: dict[int, _Open] = {}
+    told: set[str] = field(default_factory=set)  # kinds of event, each of which comes once
 
     @property
-    def num_open(self) -> int:
-        return len(self._open)
+    def attempt(self) -> common_pb2.AttemptId:
+        return self.request.attempt
+
+
+class PrefillSession(WorkerSession[_Open]):
+    role = "prefill"
+    _last_words = frozenset({"cancel", "release"})
 
     def open(self, request: prefill_pb2.PrefillRequest, listener: PrefillListener) -> int:
-        """Returns the handle. Raises WorkerLostError when the worker does not serve now."""
-        self._require_serving()
-        handle = next(self._handles)
-        self._open[handle] = _Open(request.attempt, listener)
-        message = prefill_pb2.PrefillOpen(handle=handle, request=request)
-        self._send(prefill_pb2.PrefillServiceSessionRequest(open=message))
+        """Returns the handle. Raises UnavailableError when the worker does not serve now: nothing was sent."""
+        entry = _Open(request, listener)
+        handle = self._begin(entry)
+        self._reattach(handle, entry)
         return handle
 
     def cancel(self, handle: int) -> None:
-        if (entry := self._open.pop(handle, None)) is not None:
-            message = prefill_pb2.HandleCancel(handle=handle, attempt=entry.attempt)
-            self._send(prefill_pb2.PrefillServiceSessionRequest(cancel=message))
+        if (entry := self._open.get(handle)) is not None:
+            self._end(handle, self._last_word(handle, entry))
 
     def release(self, handle: int) -> None:
         """The ticket has no further use."""
-        if (entry := self._open.pop(handle, None)) is not None:
+        if (entry := self._open.get(handle)) is not None:
             message = prefill_pb2.HandleCancel(handle=handle, attempt=entry.attempt)
-            self._send(prefill_pb2.PrefillServiceSessionRequest(release=message))
-
-    def forget(self, handle: int) -> None:
-        """The worker holds nothing of the handle any more."""
-        self._open.pop(handle, None)
+            self._end(handle, prefill_pb2.PrefillServiceSessionRequest(release=message))
 
     def _open_stream(self, channel: grpc.aio.Channel) -> Any:
         return PrefillServiceStub(channel).Session()
@@ -76,17 +68,22 @@ class PrefillSession(WorkerSession):
         entry = self._open.get(response.handle)
         if entry is None or not response.HasField("event"):
             return  # of a request that is over here
-        if response.event.HasField("failed"):
+        kind = response.event.WhichOneof("event")
+        if kind in ("accepted", "finished"):
+            if kind in entry.told:
+                return
+            entry.told.add(kind)
+        elif kind == "failed":
             del self._open[response.handle]
         entry.listener.on_prefill(response.event)
 
-    def _connected(self, same_engine: bool) -> None:
-        pass  # nothing survives a lost session
+    def _reattach(self, handle: int, entry: _Open) -> None:
+        message = prefill_pb2.PrefillOpen(handle=handle, request=entry.request)
+        self._send(prefill_pb2.PrefillServiceSessionRequest(open=message))
 
-    def _disconnected(self, error: KvRelayError) -> None:
-        self._lose_all(error)
+    def _last_word(self, handle: int, entry: _Open) -> Any:
+        message = prefill_pb2.HandleCancel(handle=handle, attempt=entry.attempt)
+        return prefill_pb2.PrefillServiceSessionRequest(cancel=message)
 
-    def _lose_all(self, error: KvRelayError) -> None:
-        lost, self._open = self._open, {}
-        for entry in lost.values():
-            entry.listener.on_prefill_lost(error)
+    def _tell_lost(self, entry: _Open, error: KvRelayError) -> None:
+        entry.listener.on_prefill_lost(error)

@@ -1,6 +1,7 @@
 """The workers that this router knows: a static list of addresses, a session with each, and one common model.
 
-A worker whose weights or KV layout differ from those of the workers that serve is kept out until it fits.
+A worker whose weights or KV layout differ from those of the workers that serve is kept out until it fits. Without a
+prefill worker in the list, decode workers do everything.
 """
 
 from __future__ import annotations
@@ -8,21 +9,21 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from msgspec import Struct
 
 from kvrelay.v1 import worker_pb2
 from kvrelay_core.errors import MismatchError, UnavailableError
+from kvrelay_core.rpc.channel import TlsFiles
 from kvrelay_router.decode_session import DecodeSession
 from kvrelay_router.prefill_session import PrefillSession
-from kvrelay_router.worker_session import WorkerSession, WorkerState
+from kvrelay_router.worker_session import SessionTerms, WorkerSession, WorkerState
 
 log = logging.getLogger(__name__)
 
 _ROLES = {"prefill": worker_pb2.ROLE_PREFILL, "decode": worker_pb2.ROLE_DECODE}
-_UP = (WorkerState.SERVING, WorkerState.DRAINING)
 
 
 class ServedModel(Struct, frozen=True):
@@ -34,22 +35,34 @@ class ServedModel(Struct, frozen=True):
 
 
 class Registry:
-    def __init__(self, router_id: str, prefill: Sequence[str], decode: Sequence[str], *, reattach_s: float) -> None:
-        handles = itertools.count(1)
-        common: tuple[Any, ...] = (router_id, handles, self._admit, self._notify)
-        self.prefill = {address: PrefillSession(address, *common) for address in prefill}
-        self.decode = {address: DecodeSession(address, *common, reattach_s=reattach_s) for address in decode}
+    def __init__(
+        self,
+        router_id: str,
+        prefill: Sequence[str],
+        decode: Sequence[str],
+        *,
+        reattach_s: float,
+        tls: TlsFiles | None = None,
+    ) -> None:
+        terms = SessionTerms(
+            router_id, itertools.count(1), reattach_s, tls, self._admit, self._on_change, lambda s: self.on_load(s)
+        )
+        self.prefill = {address: PrefillSession(address, terms) for address in prefill}
+        self.decode = {address: DecodeSession(address, terms) for address in decode}
+        self.on_load: Callable[[WorkerSession[Any]], None] = lambda session: None
         self._changed = asyncio.Event()
+        self._watchers: dict[object, Callable[[], None]] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
-    def sessions(self) -> tuple[WorkerSession, ...]:
+    def sessions(self) -> tuple[PrefillSession | DecodeSession, ...]:
         return (*self.prefill.values(), *self.decode.values())
 
     @property
     def is_ready(self) -> bool:
-        """At least one worker of each role serves."""
-        return any(s.is_serving for s in self.prefill.values()) and any(s.is_serving for s in self.decode.values())
+        """At least one worker of each role that is listed serves."""
+        prefill, decode = self.prefill.values(), self.decode.values()
+        return any(s.is_serving for s in decode) and (not prefill or any(s.is_serving for s in prefill))
 
     @property
     def num_open(self) -> int:
@@ -66,42 +79,64 @@ class Registry:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def wait_changed(self) -> None:
-        """Until the state of some worker changes."""
-        self._changed.clear()
-        await self._changed.wait()
+    async def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Asks again whenever the state of some worker has changed."""
+        while not condition():
+            self._changed.clear()
+            await self._changed.wait()
 
     async def wait_ready(self) -> None:
-        while not self.is_ready:
-            await self.wait_changed()
+        await self.wait_until(lambda: self.is_ready)
 
-    def model(self) -> ServedModel:
-        """Raises UnavailableError while no worker serves."""
-        up = [session.description for session in self.sessions if session.state in _UP]
-        if not up:
-            raise UnavailableError("no worker serves yet; try again in a moment")
+    def watch(self, owner: object, on_change: Callable[[], None]) -> None:
+        """Calls back whenever the state of some worker has changed, until `unwatch`."""
+        self._watchers[owner] = on_change
+
+    def unwatch(self, owner: object) -> None:
+        self._watchers.pop(owner, None)
+
+    def model(self) -> ServedModel | None:
+        """As the workers that are there describe it, else as those did that were; None while none has been."""
+        known = [s for s in self.sessions if s.description.model_fingerprint and s.state is not WorkerState.REFUSED]
+        described = [session.description for session in ([s for s in known if s.is_up] or known)]
+        if not described:
+            return None
         return ServedModel(
-            fingerprint=up[0].model_fingerprint,
-            vocab_size=min(description.vocab_size for description in up),
-            max_model_len=min(description.max_model_len for description in up),
+            fingerprint=described[0].model_fingerprint,
+            vocab_size=min(description.vocab_size for description in described),
+            max_model_len=min(description.max_model_len for description in described),
         )
 
-    def _notify(self) -> None:
-        self._changed.set()
+    async def wait_model(self, timeout_s: float) -> ServedModel:
+        """Raises UnavailableError when no worker is there, nor was."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.wait_until(lambda: self.model() is not None)
+        except TimeoutError:
+            raise UnavailableError(f"no worker serves yet, nor within {timeout_s:g} s; try again in a moment") from None
+        model = self.model()
+        assert model is not None
+        return model
 
-    def _admit(self, session: WorkerSession, description: worker_pb2.DescribeResponse) -> None:
+    def _on_change(self) -> None:
+        self._changed.set()
+        for owner, on_change in list(self._watchers.items()):
+            if owner in self._watchers:
+                on_change()
+
+    def _admit(self, session: WorkerSession[Any], description: worker_pb2.DescribeResponse) -> None:
         if description.role != _ROLES[session.role]:
             raise MismatchError(
                 f"{session.key} is listed as a {session.role} worker but has the role "
                 f"{worker_pb2.Role.Name(description.role)}; correct the router's list"
             )
         for other in self.sessions:
-            if other is not session and other.state in _UP:
+            if other is not session and other.is_up:
                 _require_same_model(session.key, description, other)
                 return
 
 
-def _require_same_model(key: str, description: worker_pb2.DescribeResponse, other: WorkerSession) -> None:
+def _require_same_model(key: str, description: worker_pb2.DescribeResponse, other: WorkerSession[Any]) -> None:
     known = other.description
     if description.model_fingerprint != known.model_fingerprint:
         raise MismatchError(

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
 from kvrelay.v1 import decode_pb2, inference_pb2, prefill_pb2
 from kvrelay_core.clock import Clock
-from kvrelay_core.errors import InternalError, KvRelayError, UnavailableError
+from kvrelay_core.errors import InternalError, KvRelayError
 from kvrelay_core.request import AttemptId, FinishReason, Generation, Usage
 from kvrelay_core.rpc import wire
 from kvrelay_router import itinerary_messages as m
@@ -24,6 +24,7 @@ from kvrelay_router.fleet import Fleet
 from kvrelay_router.itinerary import Itinerary
 from kvrelay_router.leg_link import LegLink
 from kvrelay_router.placement import RequestView
+from kvrelay_router.placement_wait import Outcome, WaitTerms
 from kvrelay_router.request_timing import RequestTimer
 from kvrelay_router.response_stream import ResponseStream
 from kvrelay_router.validation import CheckedRequest
@@ -51,6 +52,7 @@ class RequestRun:
         *,
         deadline_at_s: float | None,
         max_replacements: int,
+        wait_terms: WaitTerms,
     ) -> None:
         self.response = response
         self._identity = identity
@@ -59,6 +61,7 @@ class RequestRun:
         self._outputs = outputs
         self._clock = clock
         self._deadline_at_s = deadline_at_s
+        self._wait_terms = wait_terms
         self._itinerary = Itinerary(identity.request_id, request.generation, max_replacements)
         self._timer = RequestTimer(clock, clock.now())
         self._links: dict[str, LegLink] = {}
@@ -80,21 +83,27 @@ class RequestRun:
         if not self._is_busy:
             self._carry_out([])
 
-    def _carry_out(self, actions: list[m.Action]) -> None:
-        self._is_busy = True
+    def do_guarded(self, step: Callable[[], None]) -> None:
+        """Does what a timer or another part of the router asks for: a bug in it breaks this request alone."""
         try:
-            while True:
-                for action in actions:
-                    self._do(action)
-                if not self._events:
-                    break
-                actions = self._itinerary.handle(self._events.popleft())
+            step()
         except Exception:
-            # A bug. It must not take the session, and so every other request, with it.
             log.exception("request %s broke", self._identity.request_id)
             self._break_off()
-        finally:
-            self._is_busy = False
+
+    def _carry_out(self, actions: list[m.Action]) -> None:
+        self._is_busy = True
+        # A bug must not take the session, and so every other request, with it.
+        self.do_guarded(lambda: self._carry_out_all(actions))
+        self._is_busy = False
+
+    def _carry_out_all(self, actions: list[m.Action]) -> None:
+        while True:
+            for action in actions:
+                self._do(action)
+            if not self._events:
+                break
+            actions = self._itinerary.handle(self._events.popleft())
 
     def _break_off(self) -> None:
         self._is_broken = True
@@ -121,21 +130,25 @@ class RequestRun:
     # ----------------------------------------------------------------------------------- placement
 
     def _place(self, place: m.Place) -> None:
+        legs = {leg.key for leg in self._itinerary.legs}
+        for key in self._links.keys() - legs:
+            self._links.pop(key).close()  # it was split, and others go on
         link = self._links.get(place.leg)
         if link is None:
-            link = self._links[place.leg] = LegLink(self, self._fleet, place.leg)
+            link = self._links[place.leg] = LegLink(self, self._fleet, self._wait_terms)
         view = self._view(place.leg)
-        try:
-            route = self._fleet.place(view, place)
-        except UnavailableError as error:
-            self.feed(m.Unplaced(place.leg, place.attempt, error))
+        link.placement.place(view, place, lambda outcome: self._placed(link, view, outcome))
+
+    def _placed(self, link: LegLink, view: RequestView, outcome: Outcome) -> None:
+        place, route = outcome.place, outcome.route
+        if route is None:
+            assert outcome.error is not None
+            self.feed(m.Unplaced(place.leg, place.attempt, outcome.error, outcome.all_refused))
             return
-        if place.prefill is None:
-            link.charge_pair(route, view)
-        else:
-            link.charge_decode(route, view)
-        self._timer.prefill_worker = self._fleet.registry.prefill[route.prefill].worker_id
-        self._timer.decode_worker = self._fleet.registry.decode[route.decode].worker_id
+        link.charge(route, view, has_ticket=place.prefill is not None)
+        registry = self._fleet.registry
+        self._timer.prefill_worker = "" if route.prefill is None else registry.prefill[route.prefill].worker_id
+        self._timer.decode_worker = registry.decode[route.decode].worker_id
         self.feed(m.Placed(place.leg, place.attempt, route))
 
     def _view(self, leg_key: str) -> RequestView:

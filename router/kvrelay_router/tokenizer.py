@@ -17,7 +17,7 @@ from kvrelay_core.errors import ConfigError
 from kvrelay_router.chat_template import ChatTemplate, load_chat_template
 
 # Below this, a thread's switch costs more than the tokenization.
-_LONG_TEXT_CHARS = 2000
+LONG_TEXT_CHARS = 2000
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
@@ -33,7 +33,7 @@ class Tokenizer:
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         """Long texts are tokenized in a thread."""
-        if len(text) < _LONG_TEXT_CHARS:
+        if len(text) < LONG_TEXT_CHARS:
             return self._encode(text, add_special_tokens)
         return await asyncio.to_thread(self._encode, text, add_special_tokens)
 

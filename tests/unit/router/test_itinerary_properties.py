@@ -33,6 +33,7 @@ ERRORS: tuple[KvRelayError, ...] = (
     StaleTicketError("stale"),
     MismatchError("layout"),
     InternalError("a bug"),
+    WorkerLostError("its engine died"),
 )
 LOST = WorkerLostError("gone")
 WORKERS = ("w0", "w1", "w2")
@@ -109,7 +110,9 @@ class World:
                 case m.OpenDecode(leg=leg, attempt=attempt):
                     assert leg not in self.decode
                     starts = {choice.index: len(choice.committed) for choice in action.generation.choices}
-                    self.decode[leg] = AtDecode(action.generation, action.worker, attempt, next_position=starts)
+                    call = AtDecode(action.generation, action.worker, attempt, next_position=starts)
+                    call.has_kv = action.ticket is None
+                    self.decode[leg] = call
                 case m.ResumeDecode():
                     self.resume(action)
                 case m.AbortDecode(leg=leg, attempt=attempt):
@@ -153,6 +156,7 @@ class World:
         found: list[Callable[[], None]] = []
         for leg in self.placing:
             found += [lambda leg=leg, worker=worker: self.place(leg, worker) for worker in WORKERS]  # type: ignore[misc]
+            found.append(lambda leg=leg: self.place(leg, "w0", alone=True))  # type: ignore[misc]
             found.append(lambda leg=leg: self.refuse_place(leg))  # type: ignore[misc]
         for key in self.prefill:
             found += self.prefill_moves(key)
@@ -165,9 +169,10 @@ class World:
         found += [lambda event=event: self.repeat(event) for event in old[-3:]]  # type: ignore[misc]
         return found
 
-    def place(self, leg: str, worker: str) -> None:
+    def place(self, leg: str, worker: str, *, alone: bool = False) -> None:
         place = self.placing.pop(leg)
-        route = m.Route(place.prefill or f"p-{worker}", f"d-{worker}", self.decode_alone_tokens)
+        prefill = place.prefill or (None if alone else f"p-{worker}")
+        route = m.Route(prefill, f"d-{worker}", self.decode_alone_tokens)
         self.feed(m.Placed(leg, place.attempt, route))
 
     def refuse_place(self, leg: str) -> None:

@@ -60,7 +60,9 @@ async def test_a_model_that_is_not_there_is_exit_code_2(capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"prefill": []}, "no prefill worker"),
+        ({"decode": []}, "no decode worker"),
+        ({"prefill": ["nowhere"]}, "is not HOST:PORT"),
+        ({"placement_wait_s": -1}, "placement_wait_s"),
         ({"decode": ["localhost"]}, "is not HOST:PORT"),
         ({"decode": ["127.0.0.1:1"]}, "listed twice"),
         ({"port": 70000}, "between 0 and 65535"),

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvrelay_core.errors import ConfigError, UnavailableError
+from kvrelay_core.errors import ConfigError
 from kvrelay_router.placement import (
     Candidate,
     Candidates,
@@ -43,12 +43,18 @@ def test_least_load_takes_the_fewest_tokens_and_equals_in_turn() -> None:
 
 def test_who_refused_is_excluded_and_who_lost_is_avoided() -> None:
     workers = [Candidate("a", 0), Candidate("b", 0)]
-    keys = [worker.key for worker in eligible("decode", workers, frozenset(), frozenset("a"))]
+    keys = [worker.key for worker in eligible(workers, frozenset(), frozenset("a"))]
     assert keys == ["b"]
-    assert len(eligible("decode", workers, frozenset(), frozenset("ab"))) == 2, "better there than nowhere"
-    assert [worker.key for worker in eligible("decode", workers, frozenset("b"), frozenset("a"))] == ["a"]
-    with pytest.raises(UnavailableError, match="no decode worker can take the request; 2 refused"):
-        eligible("decode", workers, frozenset("ab"), frozenset())
+    assert len(eligible(workers, frozenset(), frozenset("ab"))) == 2, "better there than nowhere"
+    assert [worker.key for worker in eligible(workers, frozenset("b"), frozenset("a"))] == ["a"]
+    assert eligible(workers, frozenset("ab"), frozenset()) == []
+
+
+@pytest.mark.parametrize("policy", [RoundRobin(), LeastLoad()])
+def test_without_prefill_workers_decode_is_alone(policy: RoundRobin | LeastLoad) -> None:
+    decision = policy.place(REQUEST, candidates({}, {"x": 0, "y": 0}))
+    assert (decision.prefill, decision.decode) == (None, "x")
+    assert policy.place(REQUEST, candidates({"a": 0}, {"x": 0, "y": 0})).prefill == "a"
 
 
 def test_the_account_of_loads() -> None:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 
 import pytest
-from fake_relay import Relay, RelayMaker, tokens
+from fake_relay import Relay, RelayMaker, first_call, tokens
 from fake_worker import FakeDecode, FakePrefill, decode_well, prefill_well
 
 from kvrelay_core.errors import DrainingError, UnavailableError
@@ -17,8 +17,7 @@ async def until(relay: Relay, state: WorkerState, worker: FakePrefill | FakeDeco
     registry = relay.server.registry
     session = next(session for session in registry.sessions if session.key == worker.address)
     async with asyncio.timeout(10):
-        while session.state is not state:
-            await registry.wait_changed()
+        await registry.wait_until(lambda: session.state is state)
 
 
 async def test_a_decode_session_comes_back_and_names_the_next_positions(make_relay: RelayMaker) -> None:
@@ -44,11 +43,10 @@ async def test_an_open_that_was_not_answered_is_sent_again(make_relay: RelayMake
     relay = await make_relay()
     relay.prefill[0].behaviour = prefill_well
     request = asyncio.ensure_future(relay.client.complete(token_ids=[1], max_tokens=3))
-    first = await relay.decode[0].next_call()
+    call = await relay.decode[0].next_call()
     await relay.decode[0].drop_session()
-    again = await relay.decode[0].next_call()
-    assert (again.handle, again.attempt) == (first.handle, first.attempt)
-    await decode_well(again)
+    await asyncio.wait_for(call.reopened.wait(), 5)
+    await decode_well(call)
     assert (await request).token_ids == tokens(3)
 
 
@@ -67,21 +65,33 @@ async def test_a_restarted_decode_has_lost_its_requests(make_relay: RelayMaker) 
     assert (await request).token_ids == tokens(4)
 
 
-async def test_a_lost_prefill_session_loses_its_requests_and_serves_again(make_relay: RelayMaker) -> None:
+async def test_a_restarted_prefill_has_lost_its_requests(make_relay: RelayMaker) -> None:
     relay = await make_relay()
+    relay.decode[0].behaviour = decode_well
     request = asyncio.ensure_future(relay.client.complete(token_ids=[1], max_tokens=3))
     await relay.prefill[0].next_call()
-    await relay.prefill[0].drop_session()
-    with pytest.raises(UnavailableError):
-        await request
-    await until(relay, WorkerState.SERVING, relay.prefill[0])
-    relay.prefill[0].behaviour = prefill_well
+    await relay.prefill[0].stop()
+    await relay.prefill[0].start()
+    again = await relay.prefill[0].next_call(timeout_s=10)
+    assert again.attempt.attempt == 2
+    await prefill_well(again)
+    assert (await request).token_ids == tokens(3)
+
+
+async def test_a_prefill_that_stays_away_has_lost_its_requests(make_relay: RelayMaker) -> None:
+    relay = await make_relay(2, 1, reattach_s=0.1)
     relay.decode[0].behaviour = decode_well
-    assert (await relay.client.complete(token_ids=[1], max_tokens=3)).token_ids == tokens(3)
+    request = asyncio.ensure_future(relay.client.complete(token_ids=[1], max_tokens=3))
+    call = await first_call(relay.prefill)
+    gone, other = sorted(relay.prefill, key=lambda worker: call not in worker.calls.values())
+    await gone.stop()
+    await prefill_well(await other.next_call())
+    answer = await request
+    assert (answer.token_ids, answer.timing.attempts) == (tokens(3), 2)
 
 
 async def test_without_workers_requests_are_unavailable_and_later_served(make_relay: RelayMaker) -> None:
-    relay = await make_relay()
+    relay = await make_relay(placement_wait_s=0.1)
     relay.prefill[0].behaviour = prefill_well
     relay.decode[0].behaviour = decode_well
     await relay.decode[0].stop()
