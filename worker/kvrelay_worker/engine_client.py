@@ -62,6 +62,7 @@ class EngineClient(EngineLink):
         self._process: asyncio.subprocess.Process | None = None
         self._first: asyncio.Future[messages.Started] | None = None
         self._beat_at_s = 0.0
+        self._has_failed_start = False  # the engine said so and is exiting
         self._stopping = False
 
     @property
@@ -111,7 +112,8 @@ class EngineClient(EngineLink):
 
     async def _end_process(self, process: asyncio.subprocess.Process) -> None:
         try:
-            self.send(messages.Shutdown())
+            if not self._has_failed_start:  # else it exits by itself, and takes no commands any more
+                self.send(messages.Shutdown())
             async with asyncio.timeout(EXIT_TIMEOUT_S):
                 await process.wait()
         except (TimeoutError, WorkerLostError):
@@ -138,6 +140,7 @@ class EngineClient(EngineLink):
             event = self._decoder.decode(await self._events.recv())
             self._beat_at_s = self._clock.now()
             if isinstance(event, messages.StartFailed):
+                self._has_failed_start = True
                 self._fail_start(error_of(event.error))
                 continue
             self.dispatch(event)

@@ -1,5 +1,8 @@
 """The sources that this worker may read from: who is allowed, the handshake, and what becomes of a lost one.
 
+Registered sources are connected in the background as soon as the engine has started, so that no request waits for
+it, and again whenever they are back; others with their first ticket.
+
 Memory handles come from the handshake alone, never from a ticket (PROTOCOL D1). One handshake per (address, epoch);
 a peer that restarted gets a new one, and the engine drops its link to the old pool. A peer that stays away is
 disconnected within about 2 s of being noticed, so that its memory is not held (PROTOCOL E1).
@@ -19,10 +22,11 @@ from kvrelay_core.errors import (
     KvRelayError,
     MismatchError,
     TicketRejectedError,
+    UnavailableError,
     WorkerLostError,
 )
 from kvrelay_core.rpc.channel import open_channel
-from kvrelay_engine.messages import ConnectPeer, DisconnectPeer, PeerConnected, PeerFailed
+from kvrelay_engine.messages import ConnectPeer, DisconnectPeer, PeerConnected, PeerFailed, Started
 from kvrelay_transfer.connectors.base import PeerInfo
 from kvrelay_transfer.ticket import KvTicket
 from kvrelay_worker.config import is_loopback
@@ -32,6 +36,10 @@ from kvrelay_worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
+# Between handshakes with a registered source that answers but cannot be connected.
+LOADING_PAUSE_S = 0.2  # its engine is still starting
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0  # anything else, doubling
+
 
 @dataclass(eq=False)
 class _Peer:
@@ -39,6 +47,7 @@ class _Peer:
     channel: grpc.aio.Channel
     stub: kv_source_pb2_grpc.KvSourceServiceAsyncStub
     info: PeerInfo | None = None  # of the latest handshake that the engine was told of
+    reported: str = ""  # why it is not connected, as the log has it already
     handshake: asyncio.Lock = field(default_factory=asyncio.Lock)
     watch: asyncio.Task[None] | None = None
 
@@ -48,6 +57,7 @@ class PeerBook:
         self._worker = worker
         self._allowed = frozenset(worker.config.peers)
         self._peers: dict[str, _Peer] = {}
+        worker.engine.on(Started, lambda _: self._add_registered())
         worker.engine.on(PeerConnected, _log_connected)
         worker.engine.on(PeerFailed, self._on_failed)
 
@@ -96,6 +106,11 @@ class PeerBook:
             )
         return peer.stub
 
+    def _add_registered(self) -> None:
+        for address in sorted(self._allowed):
+            if _is_dialable(address):
+                self._add(address)
+
     def _add(self, address: str) -> _Peer:
         channel = open_channel(address, self._worker.config.tls)
         peer = _Peer(address, channel, kv_source_pb2_grpc.KvSourceServiceStub(channel))
@@ -125,8 +140,9 @@ class PeerBook:
         if peer.info is not None and peer.info.engine_epoch == info.engine_epoch:
             return
         self._disconnect(peer)
-        peer.info = info
         self._worker.engine.send(ConnectPeer(info))
+        peer.info = info
+        peer.reported = ""
 
     # ------------------------------------------------------------------------------------------------ loss
 
@@ -143,39 +159,67 @@ class PeerBook:
             peer.info = None
 
     async def _watch(self, peer: _Peer) -> None:
-        """Until the peer has been away for the grace: then it is dropped."""
-        ready = grpc.ChannelConnectivity.READY
-        while True:
-            state = peer.channel.get_state(try_to_connect=True)
-            if state is ready:
-                await peer.channel.wait_for_state_change(ready)
-                continue
-            try:
-                async with asyncio.timeout(self._away_s(peer)):
-                    await _wait_ready(peer.channel)
-            except TimeoutError:
-                break
-            await self._recheck(peer)
+        """For as long as the book has the peer."""
+        while await self._wait_back(peer):
+            if peer.info is not None:
+                await self._recheck(peer)
+            if peer.address in self._allowed:
+                await self._introduce(peer)
+            await peer.channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
         log.warning("source %s is gone", peer.address)
         self._drop(peer)
         await peer.channel.close()
 
-    def _away_s(self, peer: _Peer) -> float:
+    async def _wait_back(self, peer: _Peer) -> bool:
+        """Until the peer can be reached. One that stays away for the grace is disconnected, and unless it is
+        registered given up: False."""
         config = self._worker.config
-        return config.follow_grace_s if peer.info is not None else 2 * config.call_timeout_s
+        away_s = config.follow_grace_s if peer.info is not None else 2 * config.call_timeout_s
+        try:
+            async with asyncio.timeout(away_s):
+                await _wait_ready(peer.channel)
+        except TimeoutError:
+            self._disconnect(peer)
+            if peer.address not in self._allowed:
+                return False
+            self._report(peer, logging.WARNING, "cannot be reached; it is connected when it is up")
+            await _wait_ready(peer.channel)
+        return True
 
     async def _recheck(self, peer: _Peer) -> None:
         """The peer is back: is it still the one that we know?"""
-        if peer.info is None:
-            return
         async with peer.handshake:
             try:
                 await self._shake_hands(peer)
             except WorkerLostError:
                 return  # away again: the grace begins anew
             except KvRelayError as error:
-                log.warning("source %s came back changed: %s", peer.address, error.message)
+                self._report(peer, logging.WARNING, f"came back changed: {error.message}")
                 self._disconnect(peer)
+
+    async def _introduce(self, peer: _Peer) -> None:
+        """Until the engine was told of the peer, be it by this or by a ticket."""
+        pause_s = FIRST_PAUSE_S
+        while True:
+            await _wait_ready(peer.channel)
+            try:
+                async with peer.handshake:
+                    if peer.info is None:
+                        await self._shake_hands(peer)
+                return
+            except UnavailableError as error:
+                self._report(peer, logging.INFO, error.message)
+                await asyncio.sleep(LOADING_PAUSE_S)
+            except KvRelayError as error:
+                self._report(peer, logging.WARNING, error.message)
+                await asyncio.sleep(pause_s)
+                pause_s = min(LONGEST_PAUSE_S, 2 * pause_s)
+
+    def _report(self, peer: _Peer, level: int, why: str) -> None:
+        """Once for each reason in a row."""
+        if peer.reported != why:
+            peer.reported = why
+            log.log(level, "source %s: %s", peer.address, why)
 
     def _drop(self, peer: _Peer) -> None:
         self._disconnect(peer)
@@ -194,6 +238,12 @@ class PeerBook:
 async def _wait_ready(channel: grpc.aio.Channel) -> None:
     while (state := channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
         await channel.wait_for_state_change(state)
+
+
+def _is_dialable(address: str) -> bool:
+    """False for a mere host, which may be listed as well."""
+    host, _, port = address.rpartition(":")
+    return port.isdecimal() and ((bool(host) and ":" not in host) or host.startswith("["))
 
 
 def _log_connected(event: PeerConnected) -> None:

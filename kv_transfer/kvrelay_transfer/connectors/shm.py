@@ -1,23 +1,23 @@
 """Same host, CPU pools: maps the peer's segment read-only and copies blocks out of it.
 
 `connect` gets the segment's descriptor from the peer's DescriptorServer and maps it; reads are memmove runs on
-one copy thread per connector, followed by a second operation that reads the words. The mapping outlives the
+one copy thread per connector, followed by a second operation that reads the words. A new link's bandwidth is
+measured on that thread too, between the reads. The mapping outlives the
 peer, so a peer that dies under a read does no harm; whether its data is still good is what the words say.
 """
 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
-import numpy as np
 from msgspec import Struct
 
 from kvrelay_core.clock import Clock
 from kvrelay_core.errors import DeadlineError, KvRelayError, MismatchError, TransferError
+from kvrelay_transfer.connectors.bandwidth_probe import BandwidthProbe
 from kvrelay_transfer.connectors.base import (
     BlockRead,
     Connector,
@@ -120,7 +120,8 @@ class _ShmLink(PeerLink):
         self._clock = clock
         self._deadline_s = deadline_s
         self._gb_per_s: float | None = None
-        thread.post(self._probe)
+        size_bytes = min(PROBE_BYTES, region.data_bytes)
+        BandwidthProbe(thread.post, region.block_address(0), size_bytes, self._is_open, self._take_speed).start()
 
     def read(self, read: BlockRead) -> Transfer:
         if self.is_closed:
@@ -137,21 +138,15 @@ class _ShmLink(PeerLink):
     def close(self) -> None:
         if not self.is_closed:
             self.is_closed = True
-            # Behind the last read in the queue: no copy is under way when the mapping goes.
+            # Behind the last read in the queue: no copy is under way when the mapping goes. A slice of the probe may
+            # come later; it sees that the link is closed, which was noted before.
             self._thread.post(self.region.close)
 
     def probed_gb_per_s(self) -> float | None:
         return self._gb_per_s
 
-    def _probe(self) -> None:
-        """Copies the start of the peer's data twice; the first pass only touches the pages."""
-        size_bytes = min(PROBE_BYTES, self.region.data_bytes)
-        scratch = np.empty(size_bytes, np.uint8)
-        destination, source = int(scratch.ctypes.data), self.region.block_address(0)
-        copy_span(destination, source, size_bytes, self._is_open)
-        started_s = time.perf_counter()
-        copy_span(destination, source, size_bytes, self._is_open)
-        self._gb_per_s = size_bytes / (time.perf_counter() - started_s) / 1e9
+    def _take_speed(self, gb_per_s: float) -> None:
+        self._gb_per_s = gb_per_s
 
     def _is_open(self) -> bool:
         return not self.is_closed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 import pytest
@@ -11,10 +12,17 @@ from msgspec.structs import replace
 from worker_rig import make_ticket, running_worker, wait_until
 
 from kvrelay_core.error_info import info_of
-from kvrelay_core.errors import MismatchError, TicketRejectedError, TransferError, WorkerLostError
+from kvrelay_core.errors import (
+    MismatchError,
+    TicketRejectedError,
+    TransferError,
+    UnavailableError,
+    WorkerLostError,
+)
 from kvrelay_decode.role import DecodeRole
 from kvrelay_engine import messages
 from kvrelay_prefill.role import PrefillRole
+from kvrelay_worker.kv_source import KvSourceServicer
 
 
 @pytest.mark.parametrize("address", ["10.1.2.3:80", "example.org:80", "nonsense", "127.0.0.1:", ":80", ""])
@@ -27,10 +35,10 @@ async def test_without_a_list_only_loopback_is_dialled(address: str) -> None:
 
 
 async def test_with_a_list_only_the_listed_are_dialled() -> None:
-    async with running_worker(DecodeRole, peers=("10.0.0.1:80", "prefill")) as reader:
-        for allowed in ("10.0.0.1:80", "prefill:80", "prefill:81"):
+    async with running_worker(DecodeRole, peers=("127.0.0.1:1", "prefill")) as reader:
+        for allowed in ("127.0.0.1:1", "prefill:80", "prefill:81"):
             reader.role.peers.check_allowed(allowed)
-        for refused in ("10.0.0.1:81", "127.0.0.1:80", "10.0.0.2:80"):
+        for refused in ("127.0.0.1:2", "127.0.0.2:1", "10.0.0.2:80"):
             with pytest.raises(TicketRejectedError):
                 reader.role.peers.check_allowed(refused)
 
@@ -112,3 +120,96 @@ async def test_a_link_that_the_engine_gave_up_begins_anew_with_the_next_ticket()
         reader.engine.dispatch(messages.PeerFailed(source.address, info_of(TransferError("quarantine is full"))))
         await reader.role.peers.connect(ticket)
         assert len(reader.engine.sent_of(messages.ConnectPeer)) == 2
+
+
+# ------------------------------------------------------------------------------------- registered sources
+
+
+async def free_address() -> str:
+    """Of a source that was here and is gone."""
+    async with running_worker(PrefillRole) as source:
+        return source.address
+
+
+def port_of(address: str) -> int:
+    return int(address.rpartition(":")[2])
+
+
+async def test_a_registered_source_is_connected_before_its_first_ticket() -> None:
+    async with running_worker(PrefillRole) as source:
+        async with running_worker(DecodeRole, peers=(source.address,)) as reader:
+            connected = await reader.engine.expect(messages.ConnectPeer)
+            assert (connected.peer.peer_id, connected.peer.engine_epoch) == (source.address, source.engine.epoch)
+            assert (reader.worker.streams.value, len(reader.worker.request_tasks)) == (0, 0)
+            await reader.role.peers.connect(make_ticket(source.engine, source.address))
+            assert len(reader.engine.sent_of(messages.ConnectPeer)) == 1
+
+
+async def test_a_mere_host_is_allowed_but_not_dialled() -> None:
+    async with running_worker(DecodeRole, peers=("prefill", "::1", "[::1]", "127.0.0.1")) as reader:
+        assert len(reader.role.peers) == 0
+
+
+async def test_a_worker_serves_before_its_registered_source_is_up_and_connects_when_it_is() -> None:
+    address = await free_address()
+    async with running_worker(DecodeRole, peers=(address,), call_timeout_s=0.05) as reader:
+        assert reader.engine.sent_of(messages.ConnectPeer) == []
+        async with running_worker(PrefillRole, port=port_of(address)):
+            assert (await reader.engine.expect(messages.ConnectPeer)).peer.peer_id == address
+
+
+async def test_an_absent_registered_source_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    address = await free_address()
+    with caplog.at_level(logging.INFO, "kvrelay_worker.peers"):
+        async with running_worker(DecodeRole, peers=(address,), call_timeout_s=0.05) as reader:
+            peers = reader.role.peers
+            await wait_until(lambda: "cannot be reached" in caplog.text, "its absence is told")
+            with pytest.raises(WorkerLostError):  # by then its channel has been dialled again, several times
+                await peers.connect(make_ticket(reader.engine, address))
+            assert len(peers) == 1
+    assert len([record for record in caplog.records if address in record.getMessage()]) == 1
+
+
+async def test_a_registered_source_that_is_loading_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("kvrelay_worker.peers.LOADING_PAUSE_S", 0.001)
+    connect, asked = KvSourceServicer.Connect, 0
+
+    async def load_first(servicer: KvSourceServicer, request: Any, context: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        if asked <= 5:
+            raise UnavailableError("the engine is still loading its model; try again soon")
+        return await connect(servicer, request, context)
+
+    monkeypatch.setattr(KvSourceServicer, "Connect", load_first)
+    with caplog.at_level(logging.INFO, "kvrelay_worker.peers"):
+        async with running_worker(PrefillRole) as source:
+            async with running_worker(DecodeRole, peers=(source.address,)) as reader:
+                await reader.engine.expect(messages.ConnectPeer)
+    assert asked == 6
+    assert caplog.text.count("still loading") == 1
+
+
+async def test_a_registered_source_that_restarted_is_connected_anew_without_a_ticket() -> None:
+    address = await free_address()
+    async with running_worker(DecodeRole, peers=(address,)) as reader:
+        for epoch in (b"1" * 16, b"2" * 16):
+            async with running_worker(PrefillRole, FakeEngine(epoch=epoch), port=port_of(address)):
+                assert (await reader.engine.expect(messages.ConnectPeer)).peer.engine_epoch == epoch
+            await reader.engine.expect(messages.DisconnectPeer)
+
+
+async def test_a_registered_source_of_another_model_does_not_stop_the_worker(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvrelay_worker.peers.FIRST_PAUSE_S", 0.001)
+    other = FakeEngine(layout=replace(LAYOUT, num_layers=2))
+    async with running_worker(PrefillRole, other) as source:
+        async with running_worker(DecodeRole, peers=(source.address,)) as reader:
+            await wait_until(lambda: "num_layers" in caplog.text, "the mismatch is told")
+            with pytest.raises(MismatchError, match="num_layers"):
+                await reader.role.peers.connect(make_ticket(source.engine, source.address))
+            assert reader.engine.sent_of(messages.ConnectPeer) == []
+    assert caplog.text.count("num_layers") == 1

@@ -22,7 +22,7 @@ from kvrelay_worker.engine_client import EngineClient
 
 # Acts as its model is called. Speaks with the engine's own link.
 PROGRAM = """
-import sys, time
+import atexit, sys, time
 from kvrelay_core.error_info import info_of
 from kvrelay_core.errors import ConfigError
 from kvrelay_engine.config import load_config
@@ -33,6 +33,8 @@ from kvrelay_transfer.layout import KvLayout
 config = load_config(sys.argv[sys.argv.index("--config") + 1])
 with ServiceLink(config.commands_endpoint, config.events_endpoint) as link:
     if config.model == "does not fit":
+        # Frees what it had loaded, when its link is closed already.
+        atexit.register(lambda: time.sleep(0.3))
         link.emit(StartFailed(info_of(ConfigError("3 GiB are missing"))))
         sys.exit(1)
     if config.model == "exits":
@@ -112,10 +114,14 @@ async def test_what_a_killed_worker_left_is_replaced(tmp_path: Path) -> None:
         await client.start(config_of("good", tmp_path / "run"), WAIT_S)
 
 
-async def test_the_engines_own_error_ends_the_start(tmp_path: Path) -> None:
+async def test_the_engines_own_error_ends_the_start_and_it_exits_by_itself(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async with client_in(tmp_path) as client:
         with pytest.raises(ConfigError, match="3 GiB are missing"):
             await client.start(config_of("does not fit", tmp_path / "run"), WAIT_S)
+    assert client._process is not None and client._process.returncode == 1
+    assert "killing it" not in caplog.text
 
 
 async def test_an_exit_ends_the_start(tmp_path: Path) -> None:
