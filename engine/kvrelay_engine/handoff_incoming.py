@@ -37,8 +37,7 @@ def check_ticket(ticket: KvTicket, sequence: Sequence, layout: KvLayout, model_f
     is_whole = group.first_token == 0 and len(group.blocks) == len(group.words) == num_blocks
     if not is_whole or NULL_BLOCK in group.blocks:
         raise MismatchError(f"the ticket does not list the {num_blocks} blocks of its {ticket.num_tokens} tokens")
-    sequence.chain.extend(sequence.tokens)
-    if ticket.unit_hashes != sequence.chain.packed():
+    if ticket.unit_hashes != sequence.chain.cover(sequence.tokens):
         raise MismatchError("the ticket's block hashes are not those of the request's tokens")
 
 

@@ -160,7 +160,6 @@ class HandoffSource:
         assert len(sequence.blocks) >= num_blocks, "blocks are reserved before the ticket is issued"
         blocks = tuple(sequence.blocks[:num_blocks])
         words = tuple(self._pool.word(block) for block in blocks)
-        sequence.chain.extend(sequence.tokens)
         ticket = self._signer.sign(
             KvTicket(
                 ticket_id=secrets.token_hex(16),
@@ -172,7 +171,7 @@ class HandoffSource:
                 layout=self._layout,
                 groups=(GroupBlocks(0, 0, blocks, words),),
                 num_tokens=num_tokens,
-                unit_hashes=sequence.chain.packed(),
+                unit_hashes=sequence.chain.cover(sequence.tokens),
                 lease=self._terms_for(num_blocks),
             )
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from kvrelay_core.hashing import HASH_BYTES, hash_units
+from kvrelay_core.hashing import hash_units
 from kvrelay_core.request import AttemptId, ChoiceState, FinishReason, Generation
 from kvrelay_engine.logit_adjustments import PromptTokens
 from kvrelay_transfer.layout import KvLayout, block_keys
@@ -46,9 +46,11 @@ class HashChain:
         copy.unit_hashes = list(self.unit_hashes)
         return copy
 
-    def packed(self) -> bytes:
-        assert all(len(unit) == HASH_BYTES for unit in self.unit_hashes)
-        return b"".join(self.unit_hashes)
+    def cover(self, tokens: list[int]) -> bytes:
+        """Hashes that every one of `tokens` goes into: of the full units, then of the rest, where there is one."""
+        self.extend(tokens)
+        rest = tokens[len(self.unit_hashes) * self._layout.hash_unit_tokens :]
+        return b"".join((*self.unit_hashes, *(hash_units(self._parent, rest, len(rest)) if rest else ())))
 
 
 @dataclass(slots=True, eq=False)

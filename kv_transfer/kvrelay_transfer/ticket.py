@@ -46,7 +46,7 @@ class KvTicket(Struct, frozen=True, array_like=True):
     layout: KvLayout
     groups: tuple[GroupBlocks, ...]
     num_tokens: int
-    unit_hashes: bytes  # of the full hash units, 32 bytes each
+    unit_hashes: bytes  # of the full hash units and of the rest behind them, 32 bytes each
     lease: LeaseTerms
     mac: bytes = b""
 

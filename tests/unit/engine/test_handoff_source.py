@@ -80,7 +80,7 @@ def test_a_ticket_lists_blocks_words_and_hashes(prefill: Prefill) -> None:
     words = tuple(prefill.side.pool.word(block) for block in sequence.blocks)
     assert ticket.groups == (GroupBlocks(0, 0, tuple(sequence.blocks), words),)
     assert (ticket.num_tokens, ticket.layout, ticket.model_fingerprint) == (18, LAYOUT, MODEL)
-    assert ticket.unit_hashes == sequence.chain.packed() and len(ticket.unit_hashes) == 2 * 32
+    assert ticket.unit_hashes == sequence.chain.cover(TOKENS) and len(ticket.unit_hashes) == 3 * 32  # two units, a rest
     assert (ticket.source_id, ticket.source_address) == ("prefill-0", "prefill:1")
 
 

@@ -732,7 +732,7 @@ class KvTicket(_message.Message):
     model_fingerprint: _builtins.bytes
     num_tokens: _builtins.int
     block_hashes: _builtins.bytes
-    """Unit hashes of the full hash units, 32 bytes each, concatenated."""
+    """Unit hashes of the full hash units and of the tokens behind them, 32 bytes each, concatenated."""
     hmac: _builtins.bytes
     digests: _builtins.bool
     @_builtins.property
