@@ -61,7 +61,8 @@ class HandoffFollow:
             return
         self._outbox.put(pb.FollowRequest(release=pb.FollowRelease(reason=release_reason_to_wire(reason))))
         self._outbox.close()
-        self._limit.reschedule(asyncio.get_running_loop().time() + RELEASE_LINGER_S)
+        if not self._limit.expired():  # else the Follow is ending as it is
+            self._limit.reschedule(asyncio.get_running_loop().time() + RELEASE_LINGER_S)
 
     # ------------------------------------------------------------------------------------------- internal
 
@@ -124,7 +125,8 @@ class HandoffFollow:
         match response.WhichOneof("message"):
             case "attached":
                 self._is_attached = True
-                limit.reschedule(None)
+                if not limit.expired():
+                    limit.reschedule(None)
             case "ready":
                 groups = sorted(response.ready.groups, key=lambda ready: ready.group)
                 self._worker.engine.send(HandoffReady(self._request_id, tuple(ready.num_blocks for ready in groups)))

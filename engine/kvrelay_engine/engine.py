@@ -34,6 +34,7 @@ from kvrelay_engine.config import EngineConfig
 from kvrelay_engine.deadlines import Deadlines
 from kvrelay_engine.engine_load import EngineLoad
 from kvrelay_engine.engine_parts import EngineParts
+from kvrelay_engine.failed_steps import FailedSteps
 from kvrelay_engine.handoff_reader import HandoffArrived, HandoffBroken, HandoffReader, ReaderLimits
 from kvrelay_engine.handoff_source import HandoffSource
 from kvrelay_engine.intake import EngineLimits, Intake
@@ -89,6 +90,7 @@ class Engine:
         self._deadlines = Deadlines(self._requests)
         self._lost: dict[int, float] = {}  # request -> until when it waits for Resume
         self._num_steps = 0
+        self._failed_steps = FailedSteps()
         self._is_draining = False
         self.load = EngineLoad(parts.pool, self.scheduler, self.source, self.reader)
 
@@ -111,6 +113,7 @@ class Engine:
         num_tokens = sum(row.num_tokens for row in batch.rows)
         try:
             self._commit(batch, self._run(batch))
+            self._failed_steps.clear()
         except Exception as error:
             self._fail_batch(batch, error)
         seconds = self._clock.now() - started_s
@@ -163,7 +166,7 @@ class Engine:
             case messages.Resume():
                 self._resume(command)
             case messages.GetLoad(call, check_integrity):
-                self._report_load(call, check_integrity)
+                self._emit(self.load.reply(call, check_integrity, self._num_steps))
             case messages.Drain():
                 self._is_draining = True
             case messages.Shutdown():
@@ -225,10 +228,6 @@ class Engine:
         if not self.scheduler.add_recompute(request.trunk):
             self._hand_back(request, "too much of it would have to be computed again here; place the request anew")
 
-    def _report_load(self, call: int, check_integrity: bool) -> None:
-        error = self.load.find_inconsistency() if check_integrity else None
-        self._emit(messages.LoadReply(call, self.load.report(self._num_steps), error))
-
     def beat(self) -> None:
         """Tells the service that the loop is alive, what it holds and how far its hand-offs are."""
         self._emit(messages.Beat(self.load.report(self._num_steps), self.reader.pulled_blocks()))
@@ -255,8 +254,7 @@ class Engine:
         for request in batch.handed_back:
             self._hand_back(request, "preempted, and too long to be computed again here; place the request anew")
         for request in batch.crowded_out:
-            error = OverloadedError("decoding requests needed the ticket's blocks; offer it to another decode worker")
-            self._fail(request, error)
+            self._fail(request, OverloadedError("decoding needs its blocks; offer the ticket to another decode worker"))
         now_s = self._clock.now()
         for sequence in batch.admitted:
             request = sequence.request
@@ -369,11 +367,13 @@ class Engine:
         """The requests of a step that raised are over; the engine is not, if its pool is still sound."""
         logger.error("a step failed", exc_info=error)
         typed = error if isinstance(error, KvRelayError) else InternalError(f"the engine's step failed: {error!r}")
+        self._synchronize()  # before blocks are freed that the step may still write to
         self._pool.complete_step(self._num_steps)
         for request in {row.sequence.request.id: row.sequence.request for row in batch.rows}.values():
             if self._requests.get(request.id) is request:
                 self._fail(request, typed)
         self.load.check_integrity()
+        self._failed_steps.add(error)
 
     def _fail_broken(self, request: EngineRequest) -> None:
         """Its logits are not numbers. Where its KV is not either, nobody else must find it."""

@@ -10,7 +10,7 @@ from kvrelay_core.request import ErrorInfo
 from kvrelay_engine.block_pool import BlockPool
 from kvrelay_engine.handoff_reader import HandoffReader
 from kvrelay_engine.handoff_source import HandoffSource
-from kvrelay_engine.messages import Load
+from kvrelay_engine.messages import Load, LoadReply
 from kvrelay_engine.scheduler import Scheduler
 
 
@@ -42,8 +42,11 @@ class EngineLoad:
             expired_leases=self._source.num_expired,
         )
 
-    def find_inconsistency(self) -> ErrorInfo | None:
-        """What `check_integrity` found, as an answer to those who asked."""
+    def reply(self, call: int, check_integrity: bool, num_steps: int) -> LoadReply:
+        """An inconsistency is an answer to whoever asked for the check."""
+        return LoadReply(call, self.report(num_steps), self._inconsistency() if check_integrity else None)
+
+    def _inconsistency(self) -> ErrorInfo | None:
         try:
             self.check_integrity()
         except AssertionError as error:

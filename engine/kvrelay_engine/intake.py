@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from kvrelay_core.errors import InvalidRequestError, PoolExhaustedError
 from kvrelay_core.request import ChoiceState, Generation
+from kvrelay_core.sampling_limits import check_sampling
 from kvrelay_engine.messages import Decode, Prefill
 from kvrelay_engine.prefix_cache import PrefixCache
 from kvrelay_engine.sequence import EngineRequest, Sequence
@@ -33,6 +34,7 @@ class Intake:
     def build(self, command: Prefill | Decode, now_s: float) -> EngineRequest:
         """Raises InvalidRequestError or PoolExhaustedError for what this engine can never do."""
         generation = command.generation
+        check_sampling(generation.sampling)
         handoff = isinstance(command, Prefill) and command.handoff
         is_forked_late = len(generation.choices) > 1 and any(choice.committed for choice in generation.choices)
         if is_forked_late:

@@ -1,8 +1,8 @@
 """Text from tokens as they come: never half a character, and in the end exactly the text of all tokens at once.
 
-A decoder turns an unfinished character into U+FFFD, so what may still change waits for the next token: of a
-byte-level decoder a trailing U+FFFD, of a decoder with byte fallback the whole run of byte tokens, which it reads
-as one. Knows nothing of stop strings or choices.
+A decoder turns an unfinished character into U+FFFD, so what may still change waits for the next token: a trailing
+U+FFFD (the byte-level decoder may be one of a sequence of decoders), and of a decoder with byte fallback the whole run
+of byte tokens, which it reads as one. Knows nothing of stop strings or choices.
 """
 
 from __future__ import annotations
@@ -54,6 +54,4 @@ class Detokenizer:
     def _decided(self, text: str) -> int:
         if self._in_run:
             return self._emitted
-        if self._tokenizer.is_byte_level:
-            return len(text) - text.endswith(_UNDECIDED)
-        return len(text)
+        return len(text) - text.endswith(_UNDECIDED)

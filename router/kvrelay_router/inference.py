@@ -29,6 +29,7 @@ from kvrelay_router.request_run import RequestRun, RunIdentity
 from kvrelay_router.response_stream import ResponseStream
 from kvrelay_router.tokenizer import Tokenizer
 from kvrelay_router.validation import CheckedRequest, RequestChecker
+from kvrelay_router.write_limit import WriteLimit
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +72,12 @@ class InferenceServicer(InferenceServiceServicer):
             deadline_at_s = None if time_left_s is None else self._clock.now() + time_left_s
             run = await self._prepare(request, deadline_at_s)
             with self._running(run, deadline_at_s):
-                async for response in run.response:
-                    await self._write(run, context, response)
+                await self._write_all(run, context)
         finally:
             self._leave()
         # Messages go out by `context.write`, which can be given a time limit; nothing is yielded.
-        for response in ():
+        nothing: tuple[pb.GenerateResponse, ...] = ()
+        for response in nothing:
             yield response
 
     async def GetModelInfo(
@@ -172,12 +173,13 @@ class InferenceServicer(InferenceServiceServicer):
             run.abandon(RequestCancelledError("the client has cancelled the request or is gone"))
             self._runs.discard(run)
 
-    async def _write(
-        self, run: RequestRun, context: grpc.aio.ServicerContext[Any, Any], response: pb.GenerateResponse
-    ) -> None:
+    async def _write_all(self, run: RequestRun, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         try:
-            async with asyncio.timeout(self._config.slow_client_s):
-                await context.write(response)
+            async with WriteLimit(self._config.slow_client_s) as limit:
+                async for response in run.response:
+                    limit.begin()
+                    await context.write(response)
+                    limit.end()
         except TimeoutError as error:
             slow: KvRelayError = OverloadedError(
                 f"the client has not read a message for {self._config.slow_client_s:g} s; read faster"

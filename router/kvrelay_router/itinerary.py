@@ -83,7 +83,9 @@ class Itinerary:
                 if leg is None or leg.attempt != attempt:
                     return []
                 self._handle_leg(leg, event)
-        self._settle()
+        # Tokens alone, the many, change nothing about where the request stands.
+        if not isinstance(event, m.DecodeTokens) or any(isinstance(action, m.FinishChoice) for action in self._actions):
+            self._settle()
         return self._take_actions()
 
     def _handle_leg(self, leg: Leg, event: m.LegEvent) -> None:

@@ -88,24 +88,26 @@ class RequestRun:
         try:
             step()
         except Exception:
-            log.exception("request %s broke", self._identity.request_id)
             self._break_off()
 
     def _carry_out(self, actions: list[m.Action]) -> None:
         self._is_busy = True
-        # A bug must not take the session, and so every other request, with it.
-        self.do_guarded(lambda: self._carry_out_all(actions))
-        self._is_busy = False
-
-    def _carry_out_all(self, actions: list[m.Action]) -> None:
-        while True:
-            for action in actions:
-                self._do(action)
-            if not self._events:
-                break
-            actions = self._itinerary.handle(self._events.popleft())
+        try:
+            while True:
+                for action in actions:
+                    self._do(action)
+                if not self._events:
+                    break
+                actions = self._itinerary.handle(self._events.popleft())
+        except Exception:
+            # A bug. It must not take the session, and so every other request, with it.
+            self._break_off()
+        finally:
+            self._is_busy = False
 
     def _break_off(self) -> None:
+        """After an exception, which it logs."""
+        log.exception("request %s broke", self._identity.request_id)
         self._is_broken = True
         self._events.clear()
         for link in self._links.values():

@@ -6,7 +6,6 @@ the prompt's tokens are made by `prompt.py`.
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from kvrelay.v1.common_pb2 import SamplingParams as WireSampling
 from kvrelay_core.checkpoint import GenerationDefaults
 from kvrelay_core.errors import InvalidRequestError, UnknownModelError, UnsupportedError
 from kvrelay_core.request import ChoiceState, Generation, SamplingParams
+from kvrelay_core.sampling_limits import LOGIT_BIAS_RANGE, SAMPLING_RANGES, Range, check_range
 from kvrelay_router.config import RequestLimits
 from kvrelay_router.registry import ServedModel
 
@@ -33,30 +33,7 @@ class CheckedRequest:
         return self.generation.sampling.logprobs is not None
 
 
-@dataclass(frozen=True, slots=True)
-class _Range:
-    low: float
-    high: float = math.inf
-    above: bool = False  # `low` itself is not allowed
-
-    def __contains__(self, value: float) -> bool:
-        return math.isfinite(value) and value <= self.high and (value > self.low if self.above else value >= self.low)
-
-    def __str__(self) -> str:
-        lower = f"{'above' if self.above else 'at least'} {self.low:g}"
-        return lower if math.isinf(self.high) else f"{lower} and at most {self.high:g}"
-
-
-_RANGES = {
-    "temperature": _Range(0),
-    "top_p": _Range(0, 1, above=True),
-    "min_p": _Range(0, 1),
-    "repetition_penalty": _Range(0, above=True),
-    "frequency_penalty": _Range(-2, 2),
-    "presence_penalty": _Range(-2, 2),
-}
-_BIAS = _Range(-100, 100)
-_SLO = _Range(0, above=True)
+_SLO = Range(0, above=True)
 
 
 class RequestChecker:
@@ -75,7 +52,7 @@ class RequestChecker:
             _require(length <= self._limits.max_name_chars, name, f"{length} characters", self._limits.max_name_chars)
         for name in ("ttft_ms", "itl_ms"):
             if request.slo.HasField(name):  # type: ignore[arg-type]
-                _check_range(f"slo.{name}", getattr(request.slo, name), _SLO)
+                check_range(f"slo.{name}", getattr(request.slo, name), _SLO)
         self._check_sampling(request.sampling)
 
     def check_model(self, name: str) -> None:
@@ -101,9 +78,9 @@ class RequestChecker:
 
     def _check_sampling(self, wire: WireSampling) -> None:
         limits = self._limits
-        for name, allowed in _RANGES.items():
+        for name, allowed in SAMPLING_RANGES.items():
             if wire.HasField(name):  # type: ignore[arg-type]
-                _check_range(f"sampling.{name}", getattr(wire, name), allowed)
+                check_range(f"sampling.{name}", getattr(wire, name), allowed)
         if wire.HasField("n"):
             _require(1 <= wire.n <= limits.max_choices, "sampling.n", wire.n, f"1 to {limits.max_choices}")
         if wire.HasField("logprobs"):
@@ -118,7 +95,7 @@ class RequestChecker:
         _check_count("sampling.stop_token_ids", len(wire.stop_token_ids), limits.max_stop_token_ids)
         _check_count("sampling.logit_bias", len(wire.logit_bias), limits.max_logit_bias)
         for bias in wire.logit_bias.values():
-            _check_range("sampling.logit_bias", bias, _BIAS)
+            check_range("sampling.logit_bias", bias, LOGIT_BIAS_RANGE)
 
     def _resolve_sampling(self, wire: WireSampling, num_prompt: int, model: ServedModel) -> SamplingParams:
         room = model.max_model_len - num_prompt
@@ -169,10 +146,6 @@ def _check_prompt(prompt: Sequence[int], model: ServedModel) -> None:
 def _check_ids(field: str, ids: Sequence[int], vocab_size: int) -> None:
     worst = max(ids, default=0)
     _require(worst < vocab_size, field, f"token id {worst}", f"0 to {vocab_size - 1}, the model's vocabulary")
-
-
-def _check_range(field: str, value: float, allowed: _Range) -> None:
-    _require(value in allowed, field, f"{value:g}", allowed)
 
 
 def _check_count(field: str, count: int, most: int) -> None:

@@ -183,6 +183,8 @@ class WorkerSession(ABC, Generic[Entry]):
             raise WorkerLostError(f"{self._name} did not begin its session with a welcome", peer=self.key)
         is_same_engine = welcome.engine_epoch == self._epoch
         self._epoch = welcome.engine_epoch
+        # Once more: another worker may have come up, with another model, while this one introduced itself.
+        self._terms.admit(self, self.description)
         log.info("%s worker %s (%s) serves", self.role, self.worker_id, self.key)
         self.state = WorkerState.SERVING
         self._stop_giving_up()

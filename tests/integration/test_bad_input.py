@@ -46,6 +46,8 @@ TABLE: dict[str, tuple[pb.GenerateRequest, str, str]] = {
     "too many tokens": (request({"max_tokens": 100_000}), "INVALID_ARGUMENT", "max_tokens"),
     "max_tokens 0": (request({"max_tokens": 0}), "INVALID_ARGUMENT", "max_tokens"),
     "min over max": (request({"max_tokens": 2, "min_tokens": 3}), "INVALID_ARGUMENT", "min_tokens"),
+    "temperature beyond float32": (request({"temperature": 1e39}), "INVALID_ARGUMENT", "temperature"),
+    "penalty that vanishes": (request({"repetition_penalty": 1e-50}), "INVALID_ARGUMENT", "repetition_penalty"),
     "temperature NaN": (request({"temperature": NAN}), "INVALID_ARGUMENT", "temperature"),
     "temperature negative": (request({"temperature": -1}), "INVALID_ARGUMENT", "temperature"),
     "temperature infinite": (request({"temperature": float("inf")}), "INVALID_ARGUMENT", "temperature"),

@@ -73,11 +73,12 @@ async def check_one_by_one(
 
 
 async def check_mixed_batch(client: AsyncClient, expected: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]) -> None:
-    """16 at once, two of them twice, with what the prefix cache knows by now."""
+    """16 at once, two of them twice: with what the prefix cache knows by now, and as a tenant it knows nothing of."""
     batch = [*expected, expected[-1], expected[-2]]
-    answers = await asyncio.gather(*(ask_greedy(client, list(prompt), NUM_TOKENS) for prompt, _ in batch))
-    for (prompt, answer), got in zip(batch, answers, strict=True):
-        assert tuple(got) == answer, f"prompt of {len(prompt)} tokens, in a batch"
+    for salt in ("", "another tenant"):
+        answers = await asyncio.gather(*(ask_greedy(client, list(prompt), NUM_TOKENS, salt) for prompt, _ in batch))
+        for (prompt, answer), got in zip(batch, answers, strict=True):
+            assert tuple(got) == answer, f"prompt of {len(prompt)} tokens, in a batch, salt {salt!r}"
     prompt, answer = expected[-1]
     warm = await ask(client, token_ids=prompt, max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)
     assert tuple(warm.token_ids) == answer

@@ -55,6 +55,8 @@ async def ask(client: AsyncClient, **request: Any) -> Answer:
     return answer
 
 
-async def ask_greedy(client: AsyncClient, prompt: list[int], max_tokens: int) -> list[int]:
-    answer = await ask(client, token_ids=prompt, max_tokens=max_tokens, temperature=0, ignore_eos=True)
+async def ask_greedy(client: AsyncClient, prompt: list[int], max_tokens: int, cache_salt: str = "") -> list[int]:
+    answer = await ask(
+        client, token_ids=prompt, max_tokens=max_tokens, temperature=0, ignore_eos=True, cache_salt=cache_salt
+    )
     return answer.token_ids

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import grpc
@@ -321,6 +321,16 @@ class FakePrefill(FakeWorker[PrefillCall]):
 
 class FakeDecode(FakeWorker[DecodeCall]):
     role = worker_pb2.ROLE_DECODE
+
+    def step(self, positions: Mapping[DecodeCall, int]) -> None:
+        """The token at each position of choice 0, all in one message as of one engine step."""
+        step = decode_pb2.StepTokens(
+            handles=[call.handle for call in positions],
+            choices=[0] * len(positions),
+            positions=positions.values(),
+            token_ids=[token_of(0, position) for position in positions.values()],
+        )
+        self._wire.send(decode_pb2.DecodeServiceSessionResponse(tokens=step))
 
     def _add_to(self, server: RpcServer) -> None:
         add_DecodeServiceServicer_to_server(_DecodeSessions(self), server.server)

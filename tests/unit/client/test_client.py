@@ -97,6 +97,7 @@ def test_requests_carry_what_was_asked_for() -> None:
     ("arguments", "words"),
     [
         ((None, None, None, {}), "exactly one"),
+        ((None, None, [{"role": "user"}], {}), "a role and a content"),
         (("a", [1], None, {}), "exactly one"),
         (("a", None, None, {"temprature": 1.0}), "unknown option 'temprature'"),
         ((None, [-1], None, {}), "does not fit"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from kvrelay_core.errors import (
 from kvrelay_core.rpc.channel import MAX_MESSAGE_BYTES, open_channel
 from kvrelay_core.rpc.status import error_from_rpc
 from kvrelay_router.auth import read_api_keys
+from kvrelay_router.chat_template import ChatTemplate
 from kvrelay_router.config import RequestLimits
 from kvrelay_router.main import INFERENCE_SERVICE, load_checkpoint
 
@@ -195,6 +197,24 @@ def test_a_key_file_without_keys_is_refused(tmp_path: Path) -> None:
         read_api_keys(tmp_path / "keys")
     with pytest.raises(ConfigError, match="cannot read"):
         read_api_keys(tmp_path / "absent")
+
+
+async def test_long_messages_are_rendered_off_the_loop(make_relay: RelayMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    relay = await make_relay()
+    relay.prefill[0].behaviour = prefill_well
+    threads: list[threading.Thread] = []
+    render = ChatTemplate.render
+
+    def watched(self: ChatTemplate, messages: Any) -> str:
+        threads.append(threading.current_thread())
+        return render(self, messages)
+
+    monkeypatch.setattr(ChatTemplate, "render", watched)
+    for content in ("hi", 20 * "short "):
+        await relay.client.complete(messages=[{"role": "user", "content": content}], max_tokens=1)
+    with pytest.raises(InvalidRequestError, match="allowed: "):
+        await relay.client.complete(messages=[{"role": "user", "content": 3000 * "x"}], max_tokens=1)
+    assert [thread is threading.main_thread() for thread in threads] == [True, True, False]
 
 
 async def test_a_drain_lets_running_requests_end_and_refuses_new_ones(make_relay: RelayMaker) -> None:
