@@ -103,12 +103,13 @@ def read_api_key(path: str | None) -> str | None:
     if path is None:
         return None
     try:
-        lines = Path(path).read_text().split()
+        text = Path(path).read_text()
     except OSError as error:
         raise ConfigError(f"cannot read --api-key-file {path}: {error.strerror}") from error
-    if not lines:
-        raise ConfigError(f"--api-key-file {path} is empty; its first line is the key")
-    return lines[0]
+    keys = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    if not keys:
+        raise ConfigError(f"--api-key-file {path} holds no key; its first line that is not a comment is taken")
+    return keys[0]
 
 
 def tls_files(args: argparse.Namespace) -> TlsFiles | None:
