@@ -17,7 +17,7 @@ from made_checkpoints import CheckpointMaker
 from oracle import make_prompt
 from processes import cpu_seconds, descendants, is_alive
 
-from kvrelay_client import AsyncClient
+from kvrelay_client import AsyncClient, Delta
 from kvrelay_core.errors import KvRelayError
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
@@ -40,31 +40,50 @@ def wide(model_dir: Path) -> Iterator[Cluster]:
         yield cluster
 
 
-async def answer_or_error(client: AsyncClient, prompt: list[int]) -> list[int] | KvRelayError:
+class Progress:
+    """How many tokens have come, over all streams; `reached` waits for so many."""
+
+    def __init__(self) -> None:
+        self._num_tokens = 0
+        self._changed = asyncio.Event()
+
+    def add(self, num_tokens: int) -> None:
+        self._num_tokens += num_tokens
+        self._changed.set()
+
+    async def reached(self, num_tokens: int) -> None:
+        async with asyncio.timeout(ANSWER_WITHIN_S):
+            while self._num_tokens < num_tokens:
+                self._changed.clear()
+                await self._changed.wait()
+
+
+async def answer_or_error(client: AsyncClient, prompt: list[int], progress: Progress) -> list[int] | KvRelayError:
+    tokens: list[int] = []
     try:
         async with asyncio.timeout(ANSWER_WITHIN_S):
-            return await ask_greedy(client, prompt, NUM_TOKENS)
+            async for event in client.generate(token_ids=prompt, max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True):
+                if isinstance(event, Delta):
+                    tokens += event.token_ids
+                    progress.add(len(event.token_ids))
     except KvRelayError as error:
         return error
+    return tokens
 
 
 @pytest.mark.parametrize(
-    ("role", "victim", "delay_s"),
-    [
-        ("prefill", "service", 0.02),
-        ("prefill", "engine", 0.05),
-        ("decode", "service", 0.15),
-        ("decode", "engine", 0.3),
-    ],
+    ("role", "victim", "after_tokens"),
+    [("prefill", "service", 1), ("prefill", "engine", 1), ("decode", "service", 5), ("decode", "engine", 20)],
 )
-async def test_sigkill_in_the_middle(wide: Cluster, model_dir: Path, role: str, victim: str, delay_s: float) -> None:
+async def test_sigkill_in_the_middle(wide: Cluster, model_dir: Path, role: str, victim: str, after_tokens: int) -> None:
     prompts = [make_prompt(VOCAB_SIZE, 400, index) for index in range(4)]
     expected = await asyncio.to_thread(reference_greedy, model_dir, prompts, NUM_TOKENS)
     old_pid = wide.pid_of(role)
     pid = old_pid if victim == "service" else wide.engine_pid_of(role)
+    progress = Progress()
     async with wide.client() as client:
-        asking = [asyncio.create_task(answer_or_error(client, prompt)) for prompt in prompts]
-        await asyncio.sleep(delay_s)
+        asking = [asyncio.create_task(answer_or_error(client, prompt, progress)) for prompt in prompts]
+        await progress.reached(after_tokens)
         assert not any(task.done() for task in asking), "the kill came too late to prove anything"
         os.kill(pid, signal.SIGKILL)
         answers = await asyncio.gather(*asking)
@@ -94,11 +113,11 @@ async def test_with_the_only_decode_worker_dead_errors_are_typed(model_dir: Path
         async with cluster.client() as client:
             expected = await ask_greedy(client, prompt, NUM_TOKENS)
             old_pid = cluster.kill("decode")
-            got = await answer_or_error(client, prompt)
+            got = await answer_or_error(client, prompt, Progress())
             assert isinstance(got, KvRelayError) or got == expected
             await asyncio.to_thread(cluster.wait_restarted, "decode", 0, old_pid)
             async with asyncio.timeout(30):
-                while isinstance(got := await answer_or_error(client, prompt), KvRelayError):  # noqa: ASYNC110
+                while isinstance(got := await answer_or_error(client, prompt, Progress()), KvRelayError):  # noqa: ASYNC110
                     await asyncio.sleep(0.2)
             assert got == expected
         cluster.assert_no_leaks()

@@ -68,11 +68,11 @@ def test_text_streams_the_first_choice_and_then_the_others(capsys: pytest.Captur
 
 def test_the_api_key_is_the_first_line(tmp_path: Path) -> None:
     file = tmp_path / "keys"
-    file.write_text("first\nsecond\n")
+    file.write_text("# ours\n\nfirst\nsecond\n")
     assert generate.read_api_key(str(file)) == "first"
     assert generate.read_api_key(None) is None
     file.write_text("\n")
-    with pytest.raises(ConfigError, match="is empty"):
+    with pytest.raises(ConfigError, match="holds no key"):
         generate.read_api_key(str(file))
 
 
