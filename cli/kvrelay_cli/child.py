@@ -12,7 +12,7 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 
-from kvrelay_cli.parent_death import die_with_parent
+from kvrelay_core.parent_death import parent_death_tie
 
 STDOUT, STDERR = 1, 2
 _LONGEST_LINE_BYTES = 2**20
@@ -38,7 +38,7 @@ class Child(asyncio.SubprocessProtocol):
             env={**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"},
             # Its own group: Ctrl-C in the terminal reaches the supervisor alone, which stops roles in order.
             process_group=0,
-            preexec_fn=die_with_parent(),
+            preexec_fn=parent_death_tie(os.getpid()),
         )
         return child
 

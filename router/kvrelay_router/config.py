@@ -9,7 +9,7 @@ from msgspec import Struct
 
 from kvrelay_core.errors import ConfigError
 from kvrelay_core.rpc.channel import TlsFiles
-from kvrelay_router.exposure import check_pem_files, is_loopback
+from kvrelay_core.rpc.exposure import check_pem_files, is_loopback
 
 
 class RequestLimits(Struct, frozen=True, kw_only=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import ssl
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +11,7 @@ from msgspec import Struct
 
 from kvrelay_core.errors import ConfigError
 from kvrelay_core.rpc.channel import TlsFiles
+from kvrelay_core.rpc.exposure import check_pem_files, is_loopback
 from kvrelay_engine.config import EngineConfig
 
 
@@ -75,7 +75,7 @@ class WorkerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         if any(given) and not all(given):
             raise ConfigError("TLS needs all of --tls-cert, --tls-key and --tls-ca", field="tls_certificate")
         if self.tls is not None:
-            _check_pem_files(self.tls)
+            check_pem_files(self.tls)
         elif not is_loopback(self.host) and not self.allow_insecure:
             raise ConfigError(
                 f"host {self.host} can be reached from other machines, and nobody would be asked for a certificate; "
@@ -102,30 +102,6 @@ class WorkerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         )
         config.validate()
         return config
-
-
-def is_loopback(host: str) -> bool:
-    """False for names that only the resolver knows."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _check_pem_files(tls: TlsFiles) -> None:
-    """gRPC says nothing of what is wrong with them."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        context.load_cert_chain(tls.certificate, tls.key, password="")  # never asks for one
-    except (OSError, ValueError) as error:
-        files = f"--tls-cert {tls.certificate} and --tls-key {tls.key}"
-        raise ConfigError(f"{files} are not a certificate and its key: {error}", field="tls_certificate") from error
-    try:
-        context.load_verify_locations(tls.ca)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--tls-ca {tls.ca} is no certificate: {error}", field="tls_ca") from error
 
 
 def _is_wildcard(host: str) -> bool:

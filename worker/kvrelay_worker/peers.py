@@ -26,10 +26,10 @@ from kvrelay_core.errors import (
     WorkerLostError,
 )
 from kvrelay_core.rpc.channel import open_channel
+from kvrelay_core.rpc.exposure import is_loopback
 from kvrelay_engine.messages import ConnectPeer, DisconnectPeer, PeerConnected, PeerFailed, Started
 from kvrelay_transfer.connectors.base import PeerInfo
 from kvrelay_transfer.ticket import KvTicket
-from kvrelay_worker.config import is_loopback
 from kvrelay_worker.peer_errors import peer_errors
 from kvrelay_worker.wire import layout_to_wire, offer_to_wire, peer_from_wire
 from kvrelay_worker.worker import Worker
