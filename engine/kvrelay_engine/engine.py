@@ -65,7 +65,7 @@ class Engine:
         self._cache = PrefixCache(parts.pool, parts.layout, parts.identity.model_fingerprint)
         self.source = HandoffSource(
             parts.pool, parts.layout, parts.identity, parts.signer, config.lease, config.max_pinned_share,
-            parts.clock, parts.emit, staging=parts.staging,
+            parts.clock, parts.emit, staging=parts.staging, connectors=parts.connectors.values(),
         )  # fmt: skip
         self.scheduler = Scheduler(
             config, parts.pool, parts.layout, self._cache, self._throughput, parts.clock, self.source.can_accept,

@@ -13,7 +13,8 @@ its signature (D1). Streams are the service's part: here a stream is a number.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Set
+from collections.abc import Callable, Collection, Set
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,6 +52,7 @@ from kvrelay_engine.messages import (
     ReleaseTicket,
 )
 from kvrelay_engine.sequence import Sequence
+from kvrelay_transfer.connectors.base import Connector
 from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.lease import Lease, LeaseEnd, LeaseTable
 from kvrelay_transfer.ticket import GroupBlocks, KvTicket, LeaseTerms, TicketSigner
@@ -116,8 +118,12 @@ class HandoffSource:
         emit: Callable[[Event], None],
         *,
         staging: SlotWriter | None = None,
+        connectors: Collection[Connector] = (),
     ) -> None:
-        """`terms.wall_cap_s` is the least wall cap; long tickets get more. Without `staging` exports fail."""
+        """`terms.wall_cap_s` is the least wall cap; long tickets get more. Without `staging` exports fail.
+
+        `connectors` serve while there are tickets.
+        """
         self._pool = pool
         self._layout = layout
         self._identity = identity
@@ -125,6 +131,8 @@ class HandoffSource:
         self._terms = terms
         self._emit = emit
         self._staging = staging
+        self._connectors = connectors
+        self._is_serving = False
         self._leases = LeaseTable(clock, self._lease_ended)
         self._by_ticket: dict[str, _Handoff] = {}
         self._by_request: dict[int, _Handoff] = {}
@@ -181,6 +189,7 @@ class HandoffSource:
         self._by_ticket[ticket.ticket_id] = handoff
         self._by_request[handoff.request_id] = handoff
         self._leases.grant(ticket.ticket_id, blocks, ticket.lease)
+        self._serve()
         return ticket
 
     def sealed(self, sequence: Sequence, num_blocks: int) -> None:
@@ -274,23 +283,34 @@ class HandoffSource:
             return
         self._emit(Exported(export.export, words))
 
-    def _copy_out(self, export: Export) -> tuple[int, ...]:
-        """Data first, then the words (PROTOCOL A6)."""
-        self._signer.verify(export.ticket)
-        handoff = self._by_ticket.get(export.ticket.ticket_id)
+    def check_export(self, ticket: KvTicket, group: int, blocks: SequenceOf[int]) -> None:
+        """As `ExportGate` says. Another thread may see a state that is a moment old; the words make up for that."""
+        self._signer.verify(ticket)
+        handoff = self._by_ticket.get(ticket.ticket_id)
         if handoff is None:
             raise LeaseExpiredError("the lease of the ticket has ended; prefill again")
         is_complete = handoff.first_tokens is not None
-        group = handoff.group
-        exportable = group.blocks if is_complete else group.blocks[: handoff.num_sealed]
-        if export.group != group.group or not set(export.blocks) <= set(exportable):
+        ours = handoff.group
+        exportable = ours.blocks if is_complete else ours.blocks[: handoff.num_sealed]
+        if group != ours.group or not set(blocks) <= set(exportable):
             raise TransferError("blocks were asked for that the ticket does not list or that are not sealed yet")
+
+    def _copy_out(self, export: Export) -> tuple[int, ...]:
+        """Data first, then the words (PROTOCOL A6)."""
+        self.check_export(export.ticket, export.group, export.blocks)
         if self._staging is None:
             raise TransferError("this engine has no staging ring; it cannot serve Fetch")
         self._staging.copy_out(export.blocks, export.slot)
         return tuple(self._pool.word(block) for block in export.blocks)
 
     # ------------------------------------------------------------------------------------------ internal
+
+    def _serve(self) -> None:
+        is_wanted = self._leases.num_leases > 0
+        if is_wanted is not self._is_serving:
+            self._is_serving = is_wanted
+            for connector in self._connectors:
+                connector.serve(self if is_wanted else None)
 
     def _terms_for(self, num_blocks: int) -> LeaseTerms:
         pull_s = num_blocks * self._layout.block_bytes / SLOWEST_PULL_BYTES_PER_S
@@ -313,6 +333,7 @@ class HandoffSource:
         del self._by_request[handoff.request_id]
         self._pool.release(lease.blocks, handoff.sequence.last_step)
         self.num_expired += reason.is_expiry
+        self._serve()
         is_news = reason not in (LeaseEnd.LEFT, LeaseEnd.REQUEST_FAILED)
         if lease.follow is not None and is_news:
             error = LeaseExpiredError(f"the lease of the ticket ended: {reason.value}", ticket_id=lease.ticket_id)

@@ -1,6 +1,7 @@
 """What a connector is: a way to read blocks of a peer's pool into our own.
 
     offer()               once, at start: what a peer needs to reach our pool          (source side)
+    serve(gate)           while tickets are open, for those whose source takes part    (source side)
     connect(peer, offer)  once per peer: a link to the peer's pool                     (reader side)
     link.read(...)        per hand-off chunk: posts the copy and returns at once
     transfer.poll()       from the engine's step loop, never blocking, until terminal
@@ -20,6 +21,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from enum import Enum
+from typing import Protocol
 
 from msgspec import Struct
 
@@ -56,13 +58,47 @@ class PeerInfo(Struct, frozen=True, array_like=True):
     offers: tuple[ConnectorOffer, ...]
 
 
+class SliceShape(Struct, frozen=True, array_like=True):
+    """`outer` x `inner` rows of `row_bytes`, and how far apart (in bytes) they lie in a block of either side."""
+
+    outer: int
+    inner: int
+    row_bytes: int
+    remote_outer_stride: int
+    remote_inner_stride: int
+    local_outer_stride: int
+    local_inner_stride: int
+
+
+class BlockSlices(Struct, frozen=True, array_like=True):
+    """Where in each pair of blocks the rows begin (byte offsets); the rows of all pairs are spaced alike."""
+
+    shape: SliceShape
+    remote_offsets: tuple[int, ...]
+    local_offsets: tuple[int, ...]
+
+
 class BlockRead(Struct, frozen=True, array_like=True):
-    """remote_blocks[i] of the peer is to be copied into local_blocks[i]; whole blocks."""
+    """remote_blocks[i] of the peer is to be copied into local_blocks[i].
+
+    Whole blocks of equal layouts; with `slices` the rows that these name, and then a block may be in several pairs.
+    """
 
     ticket: KvTicket
     group: int
     remote_blocks: tuple[int, ...]
     local_blocks: tuple[int, ...]
+    slices: BlockSlices | None = None
+
+
+class ExportGate(Protocol):
+    """What a connector whose source takes part in reads asks before it sends anything."""
+
+    def check_export(self, ticket: KvTicket, group: int, blocks: Sequence[int]) -> None:
+        """Raises TicketRejectedError, LeaseExpiredError or TransferError unless `blocks` of `ticket` may be read now.
+
+        May be called on any thread. The words are still to be read after the data (PROTOCOL A6).
+        """
 
 
 class Transfer(ABC):
@@ -116,10 +152,17 @@ def check_block_range(blocks: Sequence[int], num_blocks: int, whose: str) -> Non
 
 class Connector(ABC):
     name: str
+    can_slice = False  # its links read `BlockRead.slices`, thus peers of another layout
 
     @abstractmethod
     def offer(self) -> ConnectorOffer | None:
         """None when this side can only read."""
+
+    def serve(self, gate: ExportGate | None) -> None:  # noqa: B027 - most have nothing to do
+        """Reads of our pool may come from now on, and `gate` judges them; None: no ticket is open, be at rest.
+
+        Called by the engine's thread, before the ticket leaves it. One-sided connectors have nothing to do.
+        """
 
     @abstractmethod
     def connect(self, peer: PeerInfo, offer: ConnectorOffer) -> PeerLink:
