@@ -56,6 +56,17 @@ class ChoiceState(Struct, frozen=True, array_like=True):
     committed: tuple[int, ...] = ()
 
 
+class Slo(Struct, frozen=True):
+    """What the request was promised. `ttft_s` is what is left of it once it is on its way: as a deadline, it runs
+    from the moment that whoever holds it got it."""
+
+    ttft_s: float | None = None  # until the first token of any choice
+    itl_s: float | None = None  # from one token of a choice to the next
+
+
+NO_SLO = Slo()
+
+
 class Generation(Struct, frozen=True, kw_only=True):
     """Everything prefill and decode need to know of a request; identical for both.
 
@@ -70,6 +81,7 @@ class Generation(Struct, frozen=True, kw_only=True):
     cache_salt: str = ""
     priority: int = 0
     deadline_s: float | None = None
+    slo: Slo = NO_SLO
 
     @property
     def tokens_to_prefill(self) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ Knows the limits of this engine; nothing of its present load.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isnan
 
 from kvrelay_core.errors import InvalidRequestError, PoolExhaustedError
 from kvrelay_core.request import ChoiceState, Generation
@@ -35,6 +36,7 @@ class Intake:
         """Raises InvalidRequestError or PoolExhaustedError for what this engine can never do."""
         generation = command.generation
         check_sampling(generation.sampling)
+        _check_times(generation)
         handoff = isinstance(command, Prefill) and command.handoff
         is_forked_late = len(generation.choices) > 1 and any(choice.committed for choice in generation.choices)
         if is_forked_late:
@@ -47,6 +49,7 @@ class Intake:
             arrived_s=now_s,
             handoff=handoff,
             deadline_at_s=None if generation.deadline_s is None else now_s + generation.deadline_s,
+            first_token_by_s=None if generation.slo.ttft_s is None else now_s + generation.slo.ttft_s,
         )
         self.plant_trunk(request)
         return request
@@ -118,3 +121,9 @@ class Intake:
                 "shorten it or start the worker with more --kv-blocks",
                 needed=needed,
             )
+
+
+def _check_times(generation: Generation) -> None:
+    for name, seconds in (("deadline_s", generation.deadline_s), ("slo.ttft_ms", generation.slo.ttft_s)):
+        if seconds is not None and isnan(seconds):
+            raise InvalidRequestError(f"{name} is not a number; leave it out where there is none", field=name)

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Set
 from dataclasses import dataclass, field
-from math import inf
 from typing import Protocol
 
 from kvrelay_core.clock import Clock
@@ -255,8 +254,7 @@ class Scheduler:
         if self._clock.now() - request.arrived_s > self._config.patience_s:
             return (False, request.arrived_s, 0, 0.0, request.id)
         work_s = self._throughput.seconds_for(sequence.num_uncomputed)
-        latest_start_s = inf if request.deadline_at_s is None else request.deadline_at_s - work_s
-        return (True, latest_start_s, -request.generation.priority, request.arrived_s, request.id)
+        return (True, request.due_s - work_s, -request.generation.priority, request.arrived_s, request.id)
 
     def _least_urgent(self, batch: Batch) -> Sequence:
         """Of the running sequences that may be preempted and have no row in this step yet."""

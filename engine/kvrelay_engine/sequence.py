@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from math import inf
 
 from kvrelay_core.hashing import hash_units
 from kvrelay_core.request import AttemptId, ChoiceState, FinishReason, Generation
@@ -103,6 +104,7 @@ class EngineRequest:
     arrived_s: float
     handoff: bool = False  # Prefill: a ticket is issued for its blocks
     deadline_at_s: float | None = None
+    first_token_by_s: float | None = None  # promised; unlike a deadline, it may be missed
     first_scheduled_s: float | None = None
     prompt_tokens: PromptTokens = field(init=False)
     sequences: list[Sequence] = field(default_factory=list)
@@ -115,6 +117,15 @@ class EngineRequest:
         """Seconds until it was first scheduled, and since then."""
         assert self.first_scheduled_s is not None, "it was not scheduled yet"
         return self.first_scheduled_s - self.arrived_s, now_s - self.first_scheduled_s
+
+    @property
+    def due_s(self) -> float:
+        """When the next thing that somebody waits for has to be there; inf: whenever."""
+        trunk = self.trunk
+        # Prefill gives the first token of a request whose KV comes from there.
+        waits_for_first = not trunk.num_generated and trunk.state is not SequenceState.WAITING_REMOTE_KV
+        times_s = (self.deadline_at_s, self.first_token_by_s if waits_for_first else None)
+        return min((at_s for at_s in times_s if at_s is not None), default=inf)
 
     @property
     def trunk(self) -> Sequence:

@@ -127,6 +127,7 @@ class InferenceServicer(InferenceServiceServicer):
             self._idle.set()
 
     async def _prepare(self, request: pb.GenerateRequest, deadline_at_s: float | None) -> RequestRun:
+        arrived_s = self._clock.now()
         self._checker.check_envelope(request)
         model = await self._fleet.registry.wait_model(self._config.placement_wait_s)
         prompt = await self._prompts.read(request, model.max_model_len)
@@ -142,6 +143,7 @@ class InferenceServicer(InferenceServiceServicer):
             self._outputs(checked),
             response,
             self._clock,
+            arrived_s=arrived_s,
             deadline_at_s=deadline_at_s,
             max_replacements=self._config.max_replacements,
             wait_terms=self._wait_terms,

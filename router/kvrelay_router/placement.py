@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvrelay_core.errors import ConfigError
+from kvrelay_core.request import NO_SLO, Slo
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,7 @@ class RequestView:
     cache_salt: str = ""
     session_id: str = ""
     priority: int = 0
+    slo: Slo = NO_SLO  # what is left of it
 
     @property
     def num_input_tokens(self) -> int:

@@ -15,7 +15,7 @@ import msgspec
 from kvrelay.v1 import decode_pb2, inference_pb2, prefill_pb2
 from kvrelay_core.clock import Clock
 from kvrelay_core.errors import InternalError, KvRelayError
-from kvrelay_core.request import AttemptId, FinishReason, Generation, Usage
+from kvrelay_core.request import AttemptId, FinishReason, Generation, Slo, Usage
 from kvrelay_core.rpc import wire
 from kvrelay_router import itinerary_messages as m
 from kvrelay_router.choice_output import ChoiceOutput
@@ -50,6 +50,7 @@ class RequestRun:
         response: ResponseStream,
         clock: Clock,
         *,
+        arrived_s: float,
         deadline_at_s: float | None,
         max_replacements: int,
         wait_terms: WaitTerms,
@@ -63,7 +64,7 @@ class RequestRun:
         self._deadline_at_s = deadline_at_s
         self._wait_terms = wait_terms
         self._itinerary = Itinerary(identity.request_id, request.generation, max_replacements)
-        self._timer = RequestTimer(clock, clock.now())
+        self._timer = RequestTimer(clock, arrived_s)
         self._links: dict[str, LegLink] = {}
         self._events: deque[m.Event] = deque()
         self._is_busy = False
@@ -164,6 +165,7 @@ class RequestRun:
             cache_salt=generation.cache_salt,
             session_id=self._request.session_id,
             priority=generation.priority,
+            slo=self._slo_left(),
         )
 
     # ---------------------------------------------------------------------- what the links ask for
@@ -172,9 +174,17 @@ class RequestRun:
         return AttemptId(self._identity.router_id, leg, attempt)
 
     def with_time_left(self, generation: Generation) -> Generation:
-        if self._deadline_at_s is None:
-            return generation
-        return msgspec.structs.replace(generation, deadline_s=max(0.0, self._deadline_at_s - self._clock.now()))
+        """With what is left now of the deadline and of the promise."""
+        left_s = None if self._deadline_at_s is None else max(0.0, self._deadline_at_s - self._clock.now())
+        return msgspec.structs.replace(generation, deadline_s=left_s, slo=self._slo_left())
+
+    def _slo_left(self) -> Slo:
+        """The first token, once it is there, is promised no more."""
+        slo = self._request.generation.slo
+        if slo.ttft_s is None:
+            return slo
+        left_s = max(0.0, slo.ttft_s - (self._clock.now() - self._timer.started_s))
+        return Slo(None if self._itinerary.committer.num_committed else left_s, slo.itl_s)
 
     def next_position(self, choice: int) -> int:
         return self._itinerary.committer.next_position(choice)

@@ -15,6 +15,7 @@ from kvrelay.v1.common_pb2 import SamplingParams as WireSampling
 from kvrelay_core.checkpoint import GenerationDefaults
 from kvrelay_core.errors import InvalidRequestError, UnknownModelError, UnsupportedError
 from kvrelay_core.request import ChoiceState, Generation, SamplingParams
+from kvrelay_core.rpc.wire import slo_from_wire
 from kvrelay_core.sampling_limits import LOGIT_BIAS_RANGE, SAMPLING_RANGES, Range, check_range
 from kvrelay_router.config import RequestLimits
 from kvrelay_router.registry import ServedModel
@@ -73,6 +74,7 @@ class RequestChecker:
             eos_token_ids=self._defaults.eos_token_ids,
             cache_salt=request.cache_salt,
             priority=request.priority,
+            slo=slo_from_wire(request.slo),
         )
         return CheckedRequest(generation, tuple(wire.stop), request.session_id)
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from fake_runner import VOCAB_SIZE, FakeRunner, fake_layout
 
 from kvrelay_core.clock import ManualClock
-from kvrelay_core.request import AttemptId, ChoiceState, FinishReason, Generation, SamplingParams
+from kvrelay_core.request import NO_SLO, AttemptId, ChoiceState, FinishReason, Generation, SamplingParams, Slo
 from kvrelay_engine import messages
 from kvrelay_engine.block_pool import BlockPool
 from kvrelay_engine.config import EngineConfig
@@ -52,6 +52,7 @@ def make_generation(
     deadline_s: float | None = None,
     priority: int = 0,
     cache_salt: str = "",
+    slo: Slo = NO_SLO,
     eos_token_ids: tuple[int, ...] = (),
     **sampling: Any,
 ) -> Generation:
@@ -65,6 +66,7 @@ def make_generation(
         deadline_s=deadline_s,
         priority=priority,
         cache_salt=cache_salt,
+        slo=slo,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from kvrelay.v1 import common_pb2 as pb
 from kvrelay_core.errors import InvalidRequestError
 from kvrelay_core.request import (
+    NO_SLO,
     AttemptId,
     ChoiceState,
     FinishReason,
@@ -16,6 +17,7 @@ from kvrelay_core.request import (
     Generation,
     HandoffTiming,
     SamplingParams,
+    Slo,
     TokenLogprobs,
     Usage,
 )
@@ -97,6 +99,22 @@ def choice_state_from_wire(wire: pb.ChoiceState) -> ChoiceState:
     return ChoiceState(wire.index, tuple(wire.committed_token_ids))
 
 
+def slo_to_wire(slo: Slo) -> pb.SloParams | None:
+    """None where nothing was promised."""
+    if slo == NO_SLO:
+        return None
+    return pb.SloParams(ttft_ms=_to_ms(slo.ttft_s), itl_ms=_to_ms(slo.itl_s))
+
+
+def slo_from_wire(wire: pb.SloParams) -> Slo:
+    ttft_s = wire.ttft_ms / 1e3 if wire.HasField("ttft_ms") else None
+    return Slo(ttft_s, wire.itl_ms / 1e3 if wire.HasField("itl_ms") else None)
+
+
+def _to_ms(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds * 1e3
+
+
 def generation_to_wire(generation: Generation) -> pb.Generation:
     return pb.Generation(
         prompt_token_ids=generation.prompt,
@@ -107,6 +125,7 @@ def generation_to_wire(generation: Generation) -> pb.Generation:
         cache_salt=generation.cache_salt,
         priority=generation.priority,
         deadline_s=generation.deadline_s,
+        slo=slo_to_wire(generation.slo),
     )
 
 
@@ -127,6 +146,7 @@ def generation_from_wire(wire: pb.Generation) -> Generation:
         cache_salt=wire.cache_salt,
         priority=wire.priority,
         deadline_s=wire.deadline_s if wire.HasField("deadline_s") else None,
+        slo=slo_from_wire(wire.slo),
     )
 
 

@@ -14,6 +14,7 @@ from kvrelay_core.request import (
     Generation,
     HandoffTiming,
     SamplingParams,
+    Slo,
     TokenLogprobs,
     Usage,
 )
@@ -41,6 +42,7 @@ SAMPLING = st.builds(
     logit_bias=st.dictionaries(U32, FLOAT, max_size=3),
 )
 LOGPROBS = st.builds(TokenLogprobs, FLOAT, st.lists(st.tuples(U32, FLOAT), max_size=3).map(tuple))
+SECONDS = st.integers(0, 10**6).map(lambda milliseconds: milliseconds / 1e3)
 GENERATION = st.builds(
     Generation,
     prompt=st.lists(U32, min_size=1, max_size=9).map(tuple),
@@ -51,6 +53,7 @@ GENERATION = st.builds(
     cache_salt=st.text(max_size=5),
     priority=st.integers(-(2**31), 2**31 - 1),
     deadline_s=st.none() | FLOAT,
+    slo=st.builds(Slo, st.none() | SECONDS, st.none() | SECONDS),
 )
 
 

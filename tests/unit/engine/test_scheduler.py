@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import nan
 from typing import Any
 
 import pytest
 from engine_rig import EnginePair, EngineRig, make_generation, prompt_of
 from fake_runner import continuation
 
+from kvrelay_core.request import Slo
 from kvrelay_engine import messages
 from kvrelay_engine.sequence import SequenceState
 
@@ -84,6 +86,39 @@ def test_a_long_prompt_has_less_slack_than_a_short_one(rigs: list[EngineRig | En
     rig.prefill(2, make_generation(prompt_of(60, 2), deadline_s=5.2))
     rig.run()
     assert [event.id for event in rig.of(messages.PrefillFinished)] == [0, 2, 1]
+
+
+def test_the_promised_first_token_counts_as_a_deadline_until_it_is_there(rigs: list[EngineRig | EnginePair]) -> None:
+    rig = make_rig(rigs, max_num_seqs=1, max_batched_tokens=64)
+    rig.prefill(0, make_generation(prompt_of(4)))
+    rig.step()
+    requests: list[dict[str, Any]] = [
+        {"deadline_s": 7.0}, {"slo": Slo(ttft_s=5.0)}, {"slo": Slo(ttft_s=9.0), "deadline_s": 3.0},
+        {"slo": Slo(ttft_s=1.0), "committed": (7,)}, {"slo": Slo(itl_s=0.01)},
+    ]  # fmt: skip
+    for request_id, extra in enumerate(requests, 1):
+        rig.prefill(request_id, make_generation(prompt_of(8, request_id), **extra))
+    rig.run()
+    assert [event.id for event in rig.of(messages.PrefillFinished)] == [0, 3, 2, 1, 4, 5]
+
+
+def test_a_missed_promise_fails_nothing_and_starves_nobody(rigs: list[EngineRig | EnginePair]) -> None:
+    rig = make_rig(rigs, max_num_seqs=1, patience_s=30.0)
+    rig.decode(1, make_generation(prompt_of(4), 100))
+    rig.step()
+    rig.prefill(2, make_generation(prompt_of(8)))
+    rig.clock.advance(31)
+    rig.prefill(3, make_generation(prompt_of(8), slo=Slo(ttft_s=0.0)))
+    rig.abort(1)
+    rig.run()
+    assert [event.id for event in rig.of(messages.PrefillFinished)] == [2, 3]
+
+
+def test_times_that_are_no_numbers_are_refused(rigs: list[EngineRig | EnginePair]) -> None:
+    rig = make_rig(rigs)
+    rig.prefill(1, make_generation(prompt_of(4), slo=Slo(ttft_s=nan)))
+    rig.prefill(2, make_generation(prompt_of(4), deadline_s=nan))
+    assert [event.error.reason for event in rig.of(messages.RequestFailed)] == ["InvalidRequestError"] * 2
 
 
 def test_patience_beats_deadlines(rigs: list[EngineRig | EnginePair]) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 from fake_relay import RelayMaker, next_delta, rest_of, tokens
 from fake_worker import DecodeCall, decode_well, prefill_well, token_of
 
 from kvrelay_client import Finish
-from kvrelay_core.errors import (
-    DeadlineError,
-)
-from kvrelay_core.request import FinishReason, FirstToken
+from kvrelay_core.errors import DeadlineError, StaleTicketError
+from kvrelay_core.request import FinishReason, FirstToken, Slo
+from kvrelay_router.placement import Candidates, Decision, LeastLoad, RequestView
 
 
 async def test_a_prompt_goes_in_and_tokens_come_out(make_relay: RelayMaker) -> None:
@@ -49,6 +49,35 @@ async def test_both_workers_get_the_same_generation_and_decode_the_ticket(make_r
         prefill.finish()
         await decode_well(decode)
         assert (await rest_of(stream))[0] == tokens(3)
+
+
+async def test_the_promise_travels_with_the_request_and_shrinks_on_its_way(make_relay: RelayMaker) -> None:
+    relay = await make_relay(max_replacements=1)
+    seen: list[RequestView] = []
+    policy = LeastLoad()
+
+    class Watching:
+        def place(self, request: RequestView, candidates: Candidates) -> Decision:
+            seen.append(request)
+            return policy.place(request, candidates)
+
+    relay.server.fleet.use(Watching())
+    promise: dict[str, Any] = {"ttft_ms": 60000.0, "itl_ms": 250.0, "priority": 2, "session_id": "s"}
+    async with relay.client.generate(token_ids=[5], max_tokens=3, **promise) as stream:
+        prefill = await relay.prefill[0].next_call()
+        assert (seen[0].priority, seen[0].session_id, seen[0].slo.itl_s) == (2, "s", 0.25)
+        assert seen[0].slo.ttft_s is not None and prefill.generation.slo.ttft_s is not None
+        assert 60 > seen[0].slo.ttft_s >= prefill.generation.slo.ttft_s > 50
+        prefill.accept()
+        decode = await relay.decode[0].next_call()
+        prefill.finish()
+        assert (await next_delta(stream)).token_ids == (token_of(0, 0),)
+        decode.fail(StaleTicketError("stale"))
+        again = await relay.prefill[0].next_call()
+        assert again.generation.slo == seen[1].slo == Slo(itl_s=0.25)  # the first token is there
+        await prefill_well(again)
+        await decode_well(await relay.decode[0].next_call())
+        assert (await rest_of(stream))[0] == tokens(3)[1:]
 
 
 async def test_the_first_token_comes_from_prefill_before_the_handoff(make_relay: RelayMaker) -> None:

@@ -235,6 +235,10 @@ Global___SamplingParams: _TypeAlias = SamplingParams  # noqa: Y015
 
 @_typing.final
 class SloParams(_message.Message):
+    """What a request is promised. A client counts `ttft_ms` from its call; between services it is what is left of it,
+    and absent once the first token is there.
+    """
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TTFT_MS_FIELD_NUMBER: _builtins.int
