@@ -5,12 +5,12 @@
                   -> handed back | failed
 The end of a request is kept for a grace, so that a router whose session was lost just then still learns of it.
 
-What a router aborts, it is told no more about.
+What a router aborts, a request or choices of it, it is told no more about.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -56,12 +56,13 @@ class DecodeRequest:
     attempt: AttemptId
     receiver: Receiver
     handle: int
-    num_choices: int
+    pending: set[int]  # choices that go on
     follow: HandoffFollow | None = None
     log: OutputLog = field(default_factory=OutputLog)
     accepted: pb.DecodeEvent | None = None
     lost: pb.DecodeEvent | None = None  # the HandoffLost that waits for Resume or Abort
     endings: list[pb.DecodeEvent] = field(default_factory=list)
+    aborted: set[int] = field(default_factory=set)  # choices
     is_over: bool = False
     forget_at_s: float = 0.0  # once over
 
@@ -104,9 +105,8 @@ class DecodeRequests:
         self._worker.check_accepting()
         if ticket is not None:
             self._peers.check_allowed(ticket.source_address)
-        request = DecodeRequest(
-            next(self._worker.request_ids), attempt, receiver, handle, num_choices=len(generation.choices)
-        )
+        choices = {choice.index for choice in generation.choices}
+        request = DecodeRequest(next(self._worker.request_ids), attempt, receiver, handle, choices)
         self._worker.engine.send(messages.Decode(request.id, attempt, generation, ticket))
         superseded = self._attempts.begin(attempt, request)
         self._by_id[request.id] = request
@@ -146,8 +146,11 @@ class DecodeRequests:
         self._attempts.promote(request.attempt, attempt)
         request.attempt = attempt
         request.lost = None
-        request.num_choices = len(choices)
-        self._worker.engine.send(messages.Resume(request.id, choices))
+        request.pending = {choice.index for choice in choices} - request.aborted
+        if request.pending:
+            self._worker.engine.send(messages.Resume(request.id, choices))
+        else:
+            self._abort(request, "every choice was aborted")
 
     def attempt_of(self, receiver: Receiver, handle: int) -> AttemptId | None:
         """What the handle stands for; None when it is not known yet or over."""
@@ -159,6 +162,19 @@ class DecodeRequests:
         request = self._attempts.cancel(attempt)
         if request is not None:
             self._abort(request, reason)
+
+    def abort_choices(self, receiver: Receiver, handle: int, choices: Iterable[int], reason: str) -> None:
+        """Nobody wants these choices; after the last one the request is over. Without effect for what is over."""
+        request = self._by_handle.get((receiver, handle))
+        if request is None or request.is_over:
+            return
+        request.aborted.update(choices)
+        unwanted = request.pending & request.aborted
+        request.pending -= unwanted
+        if not request.pending:
+            self._abort(request, reason)
+        elif unwanted:
+            self._worker.engine.notify(messages.Abort(request.id, reason, tuple(sorted(unwanted))))
 
     def leave(self, receiver: Receiver, reason: str) -> None:
         """The stream is gone for good: its requests are aborted."""
@@ -178,7 +194,7 @@ class DecodeRequests:
         rows = zip(step.ids, step.choices, step.positions, step.token_ids, logprobs, strict=True)
         for request_id, choice, position, token_id, entry in rows:
             request = self._by_id.get(request_id)
-            if request is None:
+            if request is None or choice not in request.pending:
                 continue
             row = Row(choice, position, token_id, entry)
             request.log.append(row)
@@ -216,16 +232,16 @@ class DecodeRequests:
 
     def _on_choice_finished(self, event: messages.ChoiceFinished) -> None:
         request = self._by_id.get(event.id)
-        if request is None:
+        if request is None or event.choice not in request.pending:
             return
+        request.pending.remove(event.choice)
         finished = pb.ChoiceFinished(
             choice=event.choice,
             reason=finish_reason_to_wire(event.reason),
             num_tokens=event.num_tokens,
             stop_token_id=event.stop_token_id,
         )
-        is_last = len(request.endings) + 1 == request.num_choices
-        self._tell_ending(request, pb.DecodeEvent(finished=finished), is_last=is_last)
+        self._tell_ending(request, pb.DecodeEvent(finished=finished), is_last=not request.pending)
 
     def _on_handed_back(self, event: messages.HandedBack) -> None:
         request = self._by_id.get(event.id)

@@ -90,7 +90,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         """Never waits for anything but the next message."""
         async for request in until_stream_end(requests):
             kind = request.WhichOneof("message")
-            if kind not in ("open", "resume", "abort", "reattach"):
+            if kind not in ("open", "resume", "abort", "abort_choices", "reattach"):
                 error = InvalidRequestError(f"unexpected message {kind} on a Session; is the router newer?")
                 receiver.session.outbox.fail(error)
                 return
@@ -113,6 +113,9 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
                     attempt = attempt_from_wire(request.abort.attempt)
                 if attempt is not None:
                     self._requests.abort(attempt, request.abort.reason or "aborted by the router")
+            case "abort_choices":
+                choices = request.abort_choices.abort_choices.choices
+                self._requests.abort_choices(receiver, request.abort_choices.handle, choices, "aborted by the router")
             case "reattach":
                 message = request.reattach
                 attempt = attempt_from_wire(message.attempt)
@@ -166,8 +169,11 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
                     case "abort":
                         self._requests.leave(receiver, request.abort.reason or "aborted by the client")
                         receiver.outbox.close()
+                    case "abort_choices":
+                        choices = request.abort_choices.choices
+                        self._requests.abort_choices(receiver, 0, choices, "aborted by the client")
                     case _:
-                        raise InvalidRequestError("after `start` only `resume` and `abort` may follow")
+                        raise InvalidRequestError("after `start` only `resume`, `abort` and `abort_choices` may follow")
             except KvRelayError as error:
                 receiver.outbox.fail(error)
 

@@ -1,6 +1,6 @@
 """The trunk of a request becomes one sequence per choice: full blocks are shared, the partial one is copied.
 
-Knows block tables and tokens; nothing of where the first tokens come from.
+Knows block tables and tokens; nothing of how the first tokens came.
 """
 
 from __future__ import annotations
@@ -8,15 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
-from kvrelay_core.request import ChoiceState
+from kvrelay_core.errors import MismatchError
+from kvrelay_core.request import ChoiceState, FirstToken
 from kvrelay_engine.block_pool import BlockPool
-from kvrelay_engine.sequence import Sequence
+from kvrelay_engine.sampler import SampledToken
+from kvrelay_engine.sequence import EngineRequest, Sequence
 from kvrelay_transfer.layout import KvLayout
 
 CopyBlocks = Callable[[SequenceOf[tuple[int, int]]], None]
 
 
-def branch(trunk: Sequence, pool: BlockPool, layout: KvLayout, copy_blocks: CopyBlocks) -> list[Sequence]:
+def branch(
+    trunk: Sequence, pool: BlockPool, layout: KvLayout, copy_blocks: CopyBlocks, synchronize: Callable[[], None]
+) -> list[Sequence]:
     """One sequence for each of the request's pending choices; the first is the trunk itself.
 
     Where no block is free for the copy, the branch computes the partial block again.
@@ -28,11 +32,22 @@ def branch(trunk: Sequence, pool: BlockPool, layout: KvLayout, copy_blocks: Copy
     copies = [(trunk.blocks[num_full], fork.blocks[num_full]) for fork in branches[1:] if len(fork.blocks) > num_full]
     if copies:
         copy_blocks(copies)
+        synchronize()  # a branch may end at once, and a hand-off be read into its block before the next step
     if len(choices) > 1:
         for sequence, choice in zip(branches, choices, strict=True):
             sequence.tokens += choice.committed
     request.sequences = branches
     return branches
+
+
+def tokens_to_branch_with(request: EngineRequest, first_tokens: SequenceOf[FirstToken]) -> dict[int, SampledToken]:
+    """The hand-off's first token of each choice. Raises MismatchError when they are not those of the request."""
+    tokens = {first.choice: SampledToken(first.token_id, first.logprobs) for first in first_tokens}
+    position = request.trunk.num_generated
+    fits = all(first.position == position for first in first_tokens)
+    if not fits or tokens.keys() != {choice.index for choice in request.pending_choices}:
+        raise MismatchError("the hand-off's first tokens are not those of the request's choices")
+    return tokens
 
 
 def _fork(trunk: Sequence, choice: ChoiceState, pool: BlockPool, layout: KvLayout) -> Sequence:

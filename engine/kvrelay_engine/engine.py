@@ -29,7 +29,7 @@ from kvrelay_core.errors import (
 )
 from kvrelay_core.request import FinishReason, FirstToken, Usage
 from kvrelay_engine import messages
-from kvrelay_engine.branching import branch
+from kvrelay_engine.branching import branch, tokens_to_branch_with
 from kvrelay_engine.config import EngineConfig
 from kvrelay_engine.deadlines import Deadlines
 from kvrelay_engine.engine_load import EngineLoad
@@ -44,7 +44,7 @@ from kvrelay_engine.sampling_plan import Drawn, plan_draws
 from kvrelay_engine.scheduler import Batch, Scheduler
 from kvrelay_engine.sequence import EngineRequest, Sequence, SequenceState
 from kvrelay_engine.step_output import StepOutput
-from kvrelay_engine.stop_conditions import finish_reason, is_stop_token
+from kvrelay_engine.stop_conditions import finish_reason
 from kvrelay_engine.throughput import Throughput
 
 logger = logging.getLogger(__name__)
@@ -76,15 +76,8 @@ class Engine:
             model_fingerprint=parts.identity.model_fingerprint,
             limits=ReaderLimits(reserve_budget_s=config.reserve_budget_s),
         )  # fmt: skip
-        max_blocks = parts.pool.num_blocks - 1
-        self.max_model_len = min(parts.max_model_len, max_blocks * parts.layout.block_tokens)
-        limits = EngineLimits(
-            vocab_size=parts.runner.vocab_size,
-            max_model_len=self.max_model_len,
-            max_num_seqs=config.max_num_seqs,
-            max_blocks=max_blocks,
-            max_pinned_blocks=self.source.max_pinned_blocks,
-        )
+        limits = EngineLimits.of(config, parts, self.source.max_pinned_blocks)
+        self.max_model_len = limits.max_model_len
         self._intake = Intake(limits, parts.layout, self._cache)
         self._requests: dict[int, EngineRequest] = {}
         self._deadlines = Deadlines(self._requests)
@@ -161,8 +154,8 @@ class Engine:
         match command:
             case messages.Prefill() | messages.Decode():
                 self._start(command)
-            case messages.Abort(request_id, reason):
-                self._abort(request_id, RequestCancelledError(reason))
+            case messages.Abort():
+                self._abort(command)
             case messages.Resume():
                 self._resume(command)
             case messages.GetLoad(call, check_integrity):
@@ -204,12 +197,21 @@ class Engine:
             eta_s = self._throughput.seconds_for(self.scheduler.num_queued_tokens)
             self._emit(messages.Queued(request.id, eta_s))
 
-    def _abort(self, request_id: int, error: KvRelayError) -> None:
-        request = self._requests.get(request_id)
+    def _abort(self, command: messages.Abort) -> None:
+        error = RequestCancelledError(command.reason)
+        request = self._requests.get(command.id)
         if request is not None:
-            self._end(request, error)
-        else:
-            self.source.failed(request_id, error)  # a finished prefill whose ticket is still leased
+            request.unwanted.update(command.choices)
+            if not command.choices or not request.is_wanted:
+                self._end(request, error)
+            else:
+                self._drop_unwanted(request)
+        elif not command.choices:
+            self.source.failed(command.id, error)  # a finished prefill whose ticket is still leased
+
+    def _drop_unwanted(self, request: EngineRequest) -> None:
+        for sequence in request.unwanted_sequences:
+            self.scheduler.remove(sequence)
 
     def _resume(self, command: messages.Resume) -> None:
         """Computes here what is missing; blocks that were verified are found in the prefix cache."""
@@ -219,7 +221,8 @@ class Engine:
         self._lost.pop(request.id, None)
         self.reader.abort(request.id)
         self.scheduler.remove(request.trunk)
-        request.generation = replace(request.generation, choices=command.choices)
+        choices = tuple(choice for choice in command.choices if choice.index not in request.unwanted)
+        request.generation = replace(request.generation, choices=choices)
         try:
             self._intake.plant_trunk(request)
         except KvRelayError as error:
@@ -288,7 +291,9 @@ class Engine:
 
     def _branch(self, request: EngineRequest, tokens: Mapping[int, SampledToken]) -> None:
         """The trunk's KV is here. Choices without a token of their own go on with committed ones."""
-        for sequence in branch(request.trunk, self._pool, self._layout, self._runner.copy_blocks):
+        branches = branch(request.trunk, self._pool, self._layout, self._runner.copy_blocks, self._synchronize)
+        self._drop_unwanted(request)
+        for sequence in [one for one in branches if one.choice not in request.unwanted]:
             self.scheduler.start(sequence)
             if sequence.choice in tokens:
                 self._append(sequence, tokens[sequence.choice])
@@ -306,12 +311,9 @@ class Engine:
     def _finish_choice(self, sequence: Sequence, reason: FinishReason) -> None:
         request = sequence.request
         self.scheduler.remove(sequence)
-        last = sequence.tokens[-1]
-        is_stop = reason is FinishReason.STOP and is_stop_token(request.generation, last)
+        stop_id = sequence.tokens[-1] if reason is FinishReason.STOP else None
         self._output.add_finished(
-            messages.ChoiceFinished(
-                request.id, sequence.choice, reason, sequence.num_generated, last if is_stop else None
-            )
+            messages.ChoiceFinished(request.id, sequence.choice, reason, sequence.num_generated, stop_id)
         )
         if all(other.state is SequenceState.FINISHED for other in request.sequences):
             del self._requests[request.id]
@@ -328,13 +330,10 @@ class Engine:
                     self._lose(request, outcome)
 
     def _arrive(self, request: EngineRequest, arrived: HandoffArrived) -> None:
-        trunk = request.trunk
-        tokens = {first.choice: SampledToken(first.token_id, first.logprobs) for first in arrived.first_tokens}
-        position = trunk.num_generated
-        if tokens.keys() != {choice.index for choice in request.pending_choices} or any(
-            first.position != position for first in arrived.first_tokens
-        ):
-            self._fail(request, MismatchError("the hand-off's first tokens are not those of the request's choices"))
+        try:
+            tokens = tokens_to_branch_with(request, arrived.first_tokens)
+        except MismatchError as error:
+            self._fail(request, error)
             return
         self._emit(messages.HandoffDone(request.id, arrived.timing))
         self._branch(request, tokens)

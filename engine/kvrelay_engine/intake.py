@@ -11,6 +11,8 @@ from math import isnan
 from kvrelay_core.errors import InvalidRequestError, PoolExhaustedError
 from kvrelay_core.request import ChoiceState, Generation
 from kvrelay_core.sampling_limits import check_sampling
+from kvrelay_engine.config import EngineConfig
+from kvrelay_engine.engine_parts import EngineParts
 from kvrelay_engine.messages import Decode, Prefill
 from kvrelay_engine.prefix_cache import PrefixCache
 from kvrelay_engine.sequence import EngineRequest, Sequence
@@ -24,6 +26,17 @@ class EngineLimits:
     max_num_seqs: int
     max_blocks: int  # of one request
     max_pinned_blocks: int  # of all tickets
+
+    @classmethod
+    def of(cls, config: EngineConfig, parts: EngineParts, max_pinned_blocks: int) -> EngineLimits:
+        max_blocks = parts.pool.num_blocks - 1
+        return cls(
+            vocab_size=parts.runner.vocab_size,
+            max_model_len=min(parts.max_model_len, max_blocks * parts.layout.block_tokens),
+            max_num_seqs=config.max_num_seqs,
+            max_blocks=max_blocks,
+            max_pinned_blocks=max_pinned_blocks,
+        )
 
 
 class Intake:

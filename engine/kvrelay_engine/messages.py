@@ -64,6 +64,7 @@ class Abort(Command, frozen=True):
 
     id: int
     reason: str
+    choices: tuple[int, ...] = ()  # a Decode's: only these, while others go on
 
 
 class Resume(Command, frozen=True):

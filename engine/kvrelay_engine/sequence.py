@@ -109,6 +109,7 @@ class EngineRequest:
     prompt_tokens: PromptTokens = field(init=False)
     sequences: list[Sequence] = field(default_factory=list)
     pending_choices: tuple[ChoiceState, ...] = ()  # that the trunk has yet to branch into; () afterwards
+    unwanted: set[int] = field(default_factory=set)  # choices that were aborted, for ever
 
     def __post_init__(self) -> None:
         self.prompt_tokens = PromptTokens(self.generation.prompt)
@@ -117,6 +118,21 @@ class EngineRequest:
         """Seconds until it was first scheduled, and since then."""
         assert self.first_scheduled_s is not None, "it was not scheduled yet"
         return self.first_scheduled_s - self.arrived_s, now_s - self.first_scheduled_s
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether any choice that goes on is."""
+        if self.pending_choices:
+            return any(choice.index not in self.unwanted for choice in self.pending_choices)
+        return any(
+            sequence.state is not SequenceState.FINISHED and sequence.choice not in self.unwanted
+            for sequence in self.sequences
+        )
+
+    @property
+    def unwanted_sequences(self) -> list[Sequence]:
+        """None before the trunk has branched: it is everybody's."""
+        return [] if self.pending_choices else [s for s in self.sequences if s.choice in self.unwanted]
 
     @property
     def due_s(self) -> float:

@@ -6,8 +6,8 @@ may not have got is said again: an open as it is, the answer to a lost hand-off 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import grpc
@@ -42,6 +42,7 @@ class _Open:
     unanswered: decode_pb2.DecodeServiceSessionRequest | None
     lost_attempt: common_pb2.AttemptId | None = None  # which the unanswered resume supersedes
     is_asking: bool = False  # whether the worker has got the resume
+    aborted: set[int] = field(default_factory=set)  # choices
 
 
 class DecodeSession(WorkerSession[_Open]):
@@ -68,6 +69,12 @@ class DecodeSession(WorkerSession[_Open]):
     def abort(self, handle: int, reason: str) -> None:
         if (entry := self._open.get(handle)) is not None:
             self._end(handle, _abort(handle, entry, reason))
+
+    def abort_choices(self, handle: int, choices: Iterable[int]) -> None:
+        """The others go on. Without effect when the handle was lost meanwhile."""
+        if (entry := self._open.get(handle)) is not None:
+            entry.aborted.update(choices)
+            self._send_aborted(handle, entry)
 
     def _open_stream(self, channel: grpc.aio.Channel) -> Any:
         return DecodeServiceStub(channel).Session()
@@ -114,6 +121,7 @@ class DecodeSession(WorkerSession[_Open]):
             self._send_reattach(handle, entry, entry.attempt)
         elif entry.lost_attempt is None:
             self._send(entry.unanswered)  # the same attempt re-attaches
+            self._send_aborted(handle, entry)
         else:
             # Asked for under the lost attempt, the worker asks once more if the resume has not arrived.
             entry.is_asking = True
@@ -139,6 +147,14 @@ class DecodeSession(WorkerSession[_Open]):
         needed = entry.listener.next_positions()
         message = decode_pb2.DecodeReattach(handle=handle, attempt=attempt, next_positions=needed)
         self._send(decode_pb2.DecodeServiceSessionRequest(reattach=message))
+        self._send_aborted(handle, entry)
+
+    def _send_aborted(self, handle: int, entry: _Open) -> None:
+        """All of them: what was said before may have been lost, and twice is as good as once."""
+        if entry.aborted:
+            abort = decode_pb2.DecodeAbortChoices(choices=sorted(entry.aborted))
+            message = decode_pb2.DecodeAbortChoicesHandle(handle=handle, abort_choices=abort)
+            self._send(decode_pb2.DecodeServiceSessionRequest(abort_choices=message))
 
     def _last_word(self, handle: int, entry: _Open) -> Any:
         return _abort(handle, entry, "the router gave up on the lost session")

@@ -16,30 +16,15 @@ from __future__ import annotations
 import msgspec
 
 from kvrelay.v1.common_pb2 import KvTicket
-from kvrelay_core.errors import (
-    HandoffError,
-    InternalError,
-    KvRelayError,
-    MismatchError,
-    OverloadedError,
-    SupersededError,
-    TicketRejectedError,
-    UnavailableError,
-    UnsupportedError,
-    WorkerLostError,
-)
+from kvrelay_core.errors import InternalError, KvRelayError, UnavailableError, WorkerLostError
 from kvrelay_core.request import ChoiceState, FirstToken, Generation
 from kvrelay_router import itinerary_messages as m
 from kvrelay_router.committer import Committer, Ending, Token
 from kvrelay_router.leg import DecodeState, Leg, PrefillState
+from kvrelay_router.worker_errors import is_refusal, is_unfit, is_worth_another_place
 
 # A request that was on this many workers when they were lost may be what they died of (PROTOCOL C5).
 MAX_DEATHS = 2
-
-# The worker did not take it; the ticket is still good for another one. WorkerLostError is not among them though it
-# is an UnavailableError: a worker that says so of itself died with the request on it.
-_REFUSALS = (OverloadedError, UnavailableError)
-_WORTH_ANOTHER_PLACE = (UnavailableError, OverloadedError, HandoffError, TicketRejectedError, SupersededError)
 
 
 class Itinerary:
@@ -77,7 +62,7 @@ class Itinerary:
             case m.Abandon(error):
                 self._fail(error)
             case m.StopChoice(choice):
-                self.committer.stop(choice)
+                self._stop(choice)
             case m.LegEvent(leg=key, attempt=attempt):
                 leg = self._legs.get(key)
                 if leg is None or leg.attempt != attempt:
@@ -165,6 +150,7 @@ class Itinerary:
         assert leg.generation is not None
         leg.decode = DecodeState.OPEN
         self._do(m.OpenDecode(leg.key, leg.attempt, leg.route.decode, leg.generation, leg.ticket))
+        self._abort_choices(leg, tuple(filter(self.committer.is_over, leg.choices)))  # before an earlier decode took it
 
     def _place_anew(self, leg: Leg, cause: KvRelayError, *, counts: bool) -> None:
         """With what is committed so far. `counts`: against the request's number of re-placements."""
@@ -221,12 +207,12 @@ class Itinerary:
             self._note_death(leg, leg.route.prefill)
         if leg.decode is not DecodeState.NONE:
             # Decode's Follow ends too: it says HandoffLost, unless it has all it needs already.
-            if not lost and not isinstance(error, _WORTH_ANOTHER_PLACE):
+            if not lost and not is_worth_another_place(error):
                 self._fail(error)
-        elif not lost and was is PrefillState.OPEN and isinstance(error, _REFUSALS):
+        elif not lost and was is PrefillState.OPEN and is_refusal(error):
             leg.refused_by.add(leg.route.prefill)
             self._place_anew(leg, error, counts=False)
-        elif lost or isinstance(error, _WORTH_ANOTHER_PLACE):
+        elif lost or is_worth_another_place(error):
             self._place_anew(leg, error, counts=True)
         else:
             self._fail(error)
@@ -293,11 +279,10 @@ class Itinerary:
         if leg.decode not in (DecodeState.OPEN, DecodeState.RUNNING):
             return
         was, leg.decode = leg.decode, DecodeState.CLOSED
-        if was is DecodeState.OPEN and isinstance(error, _REFUSALS) and self._refused_by_decode(leg, error):
+        if was is DecodeState.OPEN and is_refusal(error) and self._refused_by_decode(leg, error):
             return
         self._close_prefill(leg)
-        unfit = isinstance(error, MismatchError) and not isinstance(error, UnsupportedError)
-        if unfit or isinstance(error, _WORTH_ANOTHER_PLACE):
+        if is_unfit(error) or is_worth_another_place(error):
             leg.lost_on.add(leg.route.decode)
             self._place_anew(leg, error, counts=True)
         else:
@@ -330,6 +315,13 @@ class Itinerary:
             self._do(m.AbortDecode(leg.key, leg.attempt, leg.route.decode, reason))
         leg.decode = DecodeState.CLOSED
 
+    def _abort_choices(self, leg: Leg, choices: tuple[int, ...]) -> None:
+        """Of a leg that goes on with others."""
+        if choices and leg.decode in (DecodeState.OPEN, DecodeState.RUNNING) and not self._is_over(leg):
+            self._do(m.AbortChoices(leg.key, leg.attempt, leg.route.decode, choices))
+            for choice in choices:
+                leg.decode_ended(choice)
+
     def _note_death(self, leg: Leg, worker: str) -> None:
         leg.died_on(worker)
         self._died_on.add(worker)
@@ -349,6 +341,12 @@ class Itinerary:
 
     def _end(self, leg: Leg, ending: Ending) -> None:
         self._finish(self.committer.end(leg.attempt, ending))
+
+    def _stop(self, choice: int) -> None:
+        """A stop string ended it where it stands."""
+        if self.committer.stop(choice):
+            for leg in [leg for leg in self._legs.values() if choice in leg.choices]:
+                self._abort_choices(leg, tuple({choice} - leg.ended_at_decode))
 
     def _finish(self, ending: Ending | None) -> None:
         if ending is not None:

@@ -190,6 +190,14 @@ class AbortDecode(LegAction):
 
 
 @dataclass(frozen=True, slots=True)
+class AbortChoices(LegAction):
+    """Decode goes on with the other ones."""
+
+    worker: str
+    choices: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Commit:
     """New tokens of one choice, in order, for the client."""
 

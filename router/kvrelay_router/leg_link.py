@@ -168,6 +168,8 @@ class LegLink:
                 self._prefill.session.release(self._prefill.handle)
             case m.AbortDecode(reason=reason) if self._decode is not None:
                 self._decode.session.abort(self._decode.handle, reason)
+            case m.AbortChoices(choices=choices) if self._decode is not None:
+                self._decode.session.abort_choices(self._decode.handle, choices)
 
     def close(self) -> None:
         """Forgets the handles, with which the workers are through, and what they were charged."""

@@ -118,6 +118,7 @@ class DecodeCall:
         self.abort_reason = ""
         self.resumes: asyncio.Queue[decode_pb2.DecodeResume] = asyncio.Queue()
         self.reattached: asyncio.Queue[dict[int, int]] = asyncio.Queue()
+        self.aborted_choices: asyncio.Queue[list[int]] = asyncio.Queue()
         self.reopened = asyncio.Event()
 
     def reopen(self) -> None:
@@ -147,9 +148,9 @@ class DecodeCall:
         for position in range(first, end):
             self.tokens((choice, position, token_of(choice, position)))
 
-    def end(self, num_tokens: int, choice: int = 0, reason: FinishReason = FinishReason.LENGTH) -> None:
+    def end(self, num_tokens: int, choice: int = 0, reason: FinishReason = FinishReason.LENGTH, **more: int) -> None:
         finished = decode_pb2.ChoiceFinished(
-            choice=choice, reason=wire.finish_reason_to_wire(reason), num_tokens=num_tokens
+            choice=choice, reason=wire.finish_reason_to_wire(reason), num_tokens=num_tokens, **more
         )
         self._event(decode_pb2.DecodeEvent(finished=finished))
 
@@ -346,6 +347,9 @@ class FakeDecode(FakeWorker[DecodeCall]):
                 call = self.calls[request.abort.handle]
                 call.abort_reason = request.abort.reason
                 call.aborted.set()
+            case "abort_choices":
+                choices = list(request.abort_choices.abort_choices.choices)
+                self.calls[request.abort_choices.handle].aborted_choices.put_nowait(choices)
             case "reattach":
                 needed = dict(request.reattach.next_positions)
                 self.calls[request.reattach.handle].reattached.put_nowait(needed)

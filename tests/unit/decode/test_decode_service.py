@@ -78,8 +78,8 @@ async def test_one_engine_step_is_one_message_per_session(fake: Fake) -> None:
     a = await open_request(fake, first, 7, make_start(request_id="a"))
     b = await open_request(fake, first, 8, make_start(request_id="b"))
     c = await open_request(fake, second, 7, make_start(request_id="c"))
-    say_tokens(fake, (a, 0, 0, 10), (c, 0, 5, 30), (b, 1, 2, 20), (999, 0, 0, 1))
-    assert await read_rows(first) == [(7, 0, 0, 10), (8, 1, 2, 20)]
+    say_tokens(fake, (a, 0, 0, 10), (c, 0, 5, 30), (b, 0, 2, 20), (999, 0, 0, 1))
+    assert await read_rows(first) == [(7, 0, 0, 10), (8, 0, 2, 20)]
     assert await read_rows(second) == [(7, 0, 5, 30)]
     for request_id in (a, b, c):
         say_finished(fake, request_id)
@@ -119,6 +119,41 @@ async def test_a_lost_session_is_resumed_from_the_last_position_while_decode_goe
     say_finished(fake, request_id, num_tokens=4)
     assert (await read_event(again, 4)).finished.num_tokens == 4
     again.cancel()
+
+
+def abort_of(handle: int, *choices: int) -> pb.DecodeServiceSessionRequest:
+    message = pb.DecodeAbortChoicesHandle(handle=handle, abort_choices=pb.DecodeAbortChoices(choices=choices))
+    return pb.DecodeServiceSessionRequest(abort_choices=message)
+
+
+async def test_aborted_choices_end_and_the_others_go_on(fake: Fake) -> None:
+    call = await open_session(fake)
+    request_id = await open_request(fake, call, 1, make_start(num_choices=3))
+    for choices in ((0, 2), (2,), (), (7,)):  # the later ones change nothing
+        await call.write(abort_of(1, *choices))
+    await call.write(abort_of(99, 0))  # of no request
+    assert (await fake.engine.expect(messages.Abort)).choices == (0, 2)
+    say_tokens(fake, (request_id, 0, 0, 10), (request_id, 1, 0, 20), (request_id, 2, 0, 30))
+    assert await read_rows(call) == [(1, 1, 0, 20)]
+    say_finished(fake, request_id, choice=2)  # had ended before it heard
+    say_finished(fake, request_id, choice=1)
+    assert (await read_event(call, 1)).finished.choice == 1
+    assert fake.worker.num_live_requests == 0
+    assert len(fake.engine.sent_of(messages.Abort)) == 1
+    call.cancel()
+
+
+async def test_when_the_last_choice_is_aborted_the_request_is_over(fake: Fake) -> None:
+    call = await open_session(fake)
+    request_id = await open_request(fake, call, 1, make_start(num_choices=3))
+    await call.write(abort_of(1, 1))
+    assert await fake.engine.expect(messages.Abort) == messages.Abort(request_id, "aborted by the router", (1,))
+    say_finished(fake, request_id, choice=2)
+    assert (await read_event(call, 1)).finished.choice == 2
+    await call.write(abort_of(1, 0))
+    assert await fake.engine.expect(messages.Abort) == messages.Abort(request_id, "aborted by the router")
+    assert len(fake.role.requests) == 0
+    call.cancel()
 
 
 async def test_the_end_of_a_request_is_told_again_within_the_grace(fake: Fake) -> None:

@@ -53,6 +53,12 @@ class AnyOrder(RuleBasedStateMachine):
             if on_reader:
                 self.pair.reader.abort(request_id)
 
+    @rule(number=NUMBERS, choice=st.integers(0, 2))
+    def abort_choice(self, number: int, choice: int) -> None:
+        if self.generations:
+            request_id = number % len(self.generations)
+            self.pair.reader.engine.handle(messages.Abort(request_id, "a stop string", (choice,)))
+
     @rule(turns=st.integers(1, 6), seconds=st.sampled_from([0.0, 0.0, 0.0, 0.6, 3.0]))
     def turn(self, turns: int, seconds: float) -> None:
         self.pair.clock.advance(seconds)

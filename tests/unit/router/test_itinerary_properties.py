@@ -117,6 +117,8 @@ class World:
                     self.resume(action)
                 case m.AbortDecode(leg=leg, attempt=attempt):
                     assert self.decode.pop(leg).attempt == attempt
+                case m.AbortChoices():
+                    self.abort_choices(action)
                 case m.Commit(choice=choice, tokens=tokens):
                     for token in tokens:
                         assert token.position == len(self.client[choice]), "a gap or a token twice"
@@ -128,6 +130,15 @@ class World:
                     self.finished.add(ending.choice)
                 case m.Complete() | m.Fail():
                     self.outcomes.append(action)
+
+    def abort_choices(self, action: m.AbortChoices) -> None:
+        call = self.decode[action.leg]
+        assert call.attempt == action.attempt
+        assert not call.ended & set(action.choices), "they have ended there already"
+        assert set(action.choices) <= self.finished | self.stopped, "somebody still wants them"
+        call.ended.update(action.choices)
+        if call.ended >= call.next_position.keys():
+            del self.decode[action.leg]
 
     def note_attempt(self, leg: str, attempt: int) -> None:
         assert attempt >= self.attempts.get(leg, 0), "attempts only increase"
@@ -182,6 +193,8 @@ class World:
     def stop(self, choice: int) -> None:
         self.stopped.add(choice)
         self.feed(m.StopChoice(choice))
+        for call in self.decode.values():
+            assert choice not in call.next_position or choice in call.ended, "decode computes what nobody wants"
 
     def repeat(self, event: m.LegEvent) -> None:
         """Of a superseded attempt: must change nothing."""

@@ -98,30 +98,58 @@ class DecodeAbort(_message.Message):
 Global___DecodeAbort: _TypeAlias = DecodeAbort  # noqa: Y015
 
 @_typing.final
+class DecodeAbortChoices(_message.Message):
+    """Nobody wants these choices any more; the others go on. Once no other one is left, the request is over. Idempotent,
+    and of what it names nothing is told any more.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHOICES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def choices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        choices: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DecodeAbortChoices: _TypeAlias = DecodeAbortChoices  # noqa: Y015
+
+@_typing.final
 class DecodeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     START_FIELD_NUMBER: _builtins.int
     RESUME_FIELD_NUMBER: _builtins.int
     ABORT_FIELD_NUMBER: _builtins.int
+    ABORT_CHOICES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def start(self) -> Global___DecodeStart: ...
     @_builtins.property
     def resume(self) -> Global___DecodeResume: ...
     @_builtins.property
     def abort(self) -> Global___DecodeAbort: ...
+    @_builtins.property
+    def abort_choices(self) -> Global___DecodeAbortChoices: ...
     def __init__(
         self,
         *,
         start: Global___DecodeStart | None = ...,
         resume: Global___DecodeResume | None = ...,
         abort: Global___DecodeAbort | None = ...,
+        abort_choices: Global___DecodeAbortChoices | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "message", b"message", "resume", b"resume", "start", b"start"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "abort_choices", b"abort_choices", "message", b"message", "resume", b"resume", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "message", b"message", "resume", b"resume", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "abort_choices", b"abort_choices", "message", b"message", "resume", b"resume", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["start", "resume", "abort"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["start", "resume", "abort", "abort_choices"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -385,6 +413,29 @@ class DecodeAbortHandle(_message.Message):
 Global___DecodeAbortHandle: _TypeAlias = DecodeAbortHandle  # noqa: Y015
 
 @_typing.final
+class DecodeAbortChoicesHandle(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDLE_FIELD_NUMBER: _builtins.int
+    ABORT_CHOICES_FIELD_NUMBER: _builtins.int
+    handle: _builtins.int
+    @_builtins.property
+    def abort_choices(self) -> Global___DecodeAbortChoices: ...
+    def __init__(
+        self,
+        *,
+        handle: _builtins.int = ...,
+        abort_choices: Global___DecodeAbortChoices | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort_choices", b"abort_choices"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort_choices", b"abort_choices", "handle", b"handle"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DecodeAbortChoicesHandle: _TypeAlias = DecodeAbortChoicesHandle  # noqa: Y015
+
+@_typing.final
 class DecodeReattach(_message.Message):
     """After a lost session: send everything from these positions on again."""
 
@@ -444,6 +495,7 @@ class DecodeServiceSessionRequest(_message.Message):
     RESUME_FIELD_NUMBER: _builtins.int
     ABORT_FIELD_NUMBER: _builtins.int
     REATTACH_FIELD_NUMBER: _builtins.int
+    ABORT_CHOICES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> _prefill_pb2.SessionHello: ...
     @_builtins.property
@@ -454,6 +506,8 @@ class DecodeServiceSessionRequest(_message.Message):
     def abort(self) -> Global___DecodeAbortHandle: ...
     @_builtins.property
     def reattach(self) -> Global___DecodeReattach: ...
+    @_builtins.property
+    def abort_choices(self) -> Global___DecodeAbortChoicesHandle: ...
     def __init__(
         self,
         *,
@@ -462,12 +516,13 @@ class DecodeServiceSessionRequest(_message.Message):
         resume: Global___DecodeResumeHandle | None = ...,
         abort: Global___DecodeAbortHandle | None = ...,
         reattach: Global___DecodeReattach | None = ...,
+        abort_choices: Global___DecodeAbortChoicesHandle | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "hello", b"hello", "message", b"message", "open", b"open", "reattach", b"reattach", "resume", b"resume"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "abort_choices", b"abort_choices", "hello", b"hello", "message", b"message", "open", b"open", "reattach", b"reattach", "resume", b"resume"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "hello", b"hello", "message", b"message", "open", b"open", "reattach", b"reattach", "resume", b"resume"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "abort_choices", b"abort_choices", "hello", b"hello", "message", b"message", "open", b"open", "reattach", b"reattach", "resume", b"resume"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "open", "resume", "abort", "reattach"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "open", "resume", "abort", "reattach", "abort_choices"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
