@@ -17,7 +17,7 @@ import msgspec
 
 from kvrelay.v1.common_pb2 import KvTicket
 from kvrelay_core.errors import InternalError, KvRelayError, UnavailableError, WorkerLostError
-from kvrelay_core.request import ChoiceState, FirstToken, Generation
+from kvrelay_core.request import ChoiceState, FinishReason, FirstToken, Generation
 from kvrelay_router import itinerary_messages as m
 from kvrelay_router.committer import Committer, Ending, Token
 from kvrelay_router.leg import DecodeState, Leg, PrefillState
@@ -193,7 +193,8 @@ class Itinerary:
                 continue
             self._commit(leg, Token(first.choice, first.position, first.token_id, first.logprobs))
             if first.finish_reason is not None:
-                stop_id = first.token_id if first.token_id in self._generation.sampling.stop_token_ids else None
+                # As decode says it of any later token: an end of sequence is a stop token, too.
+                stop_id = first.token_id if first.finish_reason is FinishReason.STOP else None
                 self._end(leg, Ending(first.choice, first.finish_reason, first.position + 1, stop_id))
         if leg.ticket is None and not self._is_over(leg):
             self._fail(InternalError("prefill finished without a ticket, and the request did not end there"))

@@ -147,7 +147,7 @@ async def test_an_end_at_the_first_token_aborts_decode(make_relay: RelayMaker) -
         decode = await relay.decode[0].next_call()
         prefill.finish([FirstToken(0, 0, 381, None, FinishReason.STOP)])
         ids, finish = await rest_of(stream)
-        assert (ids, finish.reason, finish.stop_reason) == ([381], FinishReason.STOP, "")
+        assert (ids, finish.reason, finish.stop_reason) == ([381], FinishReason.STOP, "381")
         await asyncio.wait_for(decode.aborted.wait(), 5)
         await asyncio.wait_for(prefill.released.wait(), 5)
 

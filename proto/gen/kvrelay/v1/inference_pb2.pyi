@@ -254,7 +254,7 @@ class Finish(_message.Message):
     index: _builtins.int
     reason: _common_pb2.FinishReason.ValueType
     stop_reason: _builtins.str
-    """The stop string or stop token that ended the choice, when one did."""
+    """The stop string that ended the choice, or the id of the stop or end-of-sequence token that did."""
     @_builtins.property
     def usage(self) -> _common_pb2.Usage: ...
     @_builtins.property
