@@ -24,8 +24,15 @@ def check_ticket(ticket: KvTicket, sequence: Sequence, layout: KvLayout, model_f
     """Raises MismatchError unless the ticket is for the tokens of `sequence`, this model and this layout.
 
     The hashes are recomputed from our own tokens, so that nobody can plant KV under another prompt's hash
-    (PROTOCOL D2).
+    (PROTOCOL D2). A ticket of a lower attempt is as good as its lease: who holds it may try decode once more, and
+    does so under a higher attempt (C4). One of a higher attempt, or of another request, was mixed up.
     """
+    attempt = sequence.request.attempt
+    if ticket.attempt.request_key != attempt.request_key or ticket.attempt.attempt > attempt.attempt:
+        raise MismatchError(
+            f"the ticket was issued for attempt {ticket.attempt.attempt} of {ticket.attempt.request_id}, this is "
+            f"attempt {attempt.attempt} of {attempt.request_id}; send a request with the ticket of its own prefill"
+        )
     layout.check_compatible(ticket.layout)
     if ticket.model_fingerprint != model_fingerprint:
         raise MismatchError("the ticket is for another model or other weights; start both workers with one checkpoint")

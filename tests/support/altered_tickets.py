@@ -64,9 +64,6 @@ SIGNED: dict[str, Alter] = {
     "lease: missed_beats": lambda ticket: add_to(ticket.lease, "missed_beats", 1000),
     "lease: lost_grace_s": lambda ticket: add_to(ticket.lease, "lost_grace_s", 60),
     "lease: wall_cap_s": lambda ticket: add_to(ticket.lease, "wall_cap_s", 1e9),
-    "attempt: number": lambda ticket: add_to(ticket.attempt, "attempt", 1),
-    "attempt: request": lambda ticket: setattr(ticket.attempt, "request_id", "another"),
-    "attempt: router": lambda ticket: setattr(ticket.attempt, "router_id", "another"),
     "ticket_id": lambda ticket: setattr(ticket, "ticket_id", "another"),
     "source: worker": lambda ticket: setattr(ticket.source, "worker_id", "another"),
     "hmac flipped": lambda ticket: flip(ticket, "hmac"),
@@ -79,6 +76,9 @@ OF_ANOTHER_SOURCE: dict[str, Alter] = {
     "no port": lambda ticket: setattr(ticket.source, "address", "127.0.0.1"),
 }
 OTHER_CONTENT: dict[str, Alter] = {
+    "attempt: number": lambda ticket: add_to(ticket.attempt, "attempt", 1),
+    "attempt: request": lambda ticket: setattr(ticket.attempt, "request_id", "another"),
+    "attempt: router": lambda ticket: setattr(ticket.attempt, "router_id", "another"),
     "num_tokens": lambda ticket: add_to(ticket, "num_tokens", -1),
     "more tokens than blocks": lambda ticket: add_to(ticket, "num_tokens", 100),
     "partial block left out": drop_partial,

@@ -116,7 +116,8 @@ class EngineRig:
         self.engine.handle(messages.Prefill(request_id, attempt_of(request_id), generation, handoff))
 
     def decode(self, request_id: int, generation: Generation, ticket: KvTicket | None = None) -> None:
-        self.engine.handle(messages.Decode(request_id, attempt_of(request_id), generation, ticket))
+        attempt = attempt_of(request_id) if ticket is None else ticket.attempt  # whatever it is called here
+        self.engine.handle(messages.Decode(request_id, attempt, generation, ticket))
 
     def abort(self, request_id: int) -> None:
         self.engine.handle(messages.Abort(request_id, "test"))

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from engine_rig import EnginePair, make_generation, prompt_of
+from engine_rig import EnginePair, attempt_of, make_generation, prompt_of
 from fake_runner import continuation
 
 from kvrelay_core.errors import TransferError
-from kvrelay_core.request import ChoiceState, ErrorInfo, FinishReason
+from kvrelay_core.request import AttemptId, ChoiceState, ErrorInfo, FinishReason
 from kvrelay_engine import messages
 from kvrelay_transfer.connectors.base import TransferState
 
@@ -252,8 +252,34 @@ def test_a_ticket_for_other_tokens_is_refused(pair: EnginePair) -> None:
     pair.submit(1, make_generation(prompt_of(12), 4))
     pair.run()
     ticket = pair.source.the(messages.Accepted).ticket
-    pair.reader.decode(5, make_generation(prompt_of(12, 9), 4), ticket)
+    pair.reader.engine.handle(messages.Decode(5, attempt_of(1), make_generation(prompt_of(12, 9), 4), ticket))
     assert pair.reader.error(5) == "MismatchError"
+    pair.source.abort(1)
+
+
+@pytest.mark.parametrize(
+    ("router_id", "request_id", "attempt", "is_taken"),
+    [
+        ("router", "1", 2, True),
+        ("router", "1", 3, True),  # decode is tried again
+        ("router", "1", 1, False),
+        ("router", "2", 2, False),
+        ("another", "1", 2, False),
+    ],
+)
+def test_a_ticket_serves_its_own_request_and_no_attempt_below_it(
+    pair: EnginePair, router_id: str, request_id: str, attempt: int, is_taken: bool
+) -> None:
+    pair.auto_follow = False
+    generation = make_generation(prompt_of(12), 4)
+    pair.source.engine.handle(messages.Prefill(1, AttemptId("router", "1", 2), generation, True))
+    pair.run()
+    ticket = pair.source.the(messages.Accepted).ticket
+    pair.reader.engine.handle(messages.Decode(1, AttemptId(router_id, request_id, attempt), generation, ticket))
+    assert [event.error.reason for event in pair.reader.of(messages.RequestFailed)] == ["MismatchError"] * (
+        not is_taken
+    )
+    pair.reader.abort(1)
     pair.source.abort(1)
 
 
