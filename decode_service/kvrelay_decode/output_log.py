@@ -29,6 +29,10 @@ class OutputLog:
     _rows: dict[int, deque[Row]] = field(default_factory=dict)
     _dropped: dict[int, int] = field(default_factory=dict)  # choice -> position after the last dropped row
 
+    @property
+    def has_rows(self) -> bool:
+        return bool(self._rows)
+
     def append(self, row: Row) -> None:
         """Positions of a choice ascend."""
         rows = self._rows.setdefault(row.choice, deque())

@@ -253,8 +253,13 @@ class DecodeRequests:
         request = self._by_id.get(event.id)
         if request is None:
             return
-        _release(request, _reason_for(error_of(event.error)))
+        reason = _reason_for(error_of(event.error))
+        _release(request, reason)
         self._tell_ending(request, pb.DecodeEvent(failed=error_info_to_wire(event.error)), is_last=True)
+        if reason is ReleaseReason.REFUSED and request.accepted is None and not request.log.has_rows:
+            # The router offers it again, here too: that must be a new try, not the old answer.
+            self._forget(request)
+            self._attempts.refuse(request.attempt)
 
     def _on_beat(self, beat: messages.Beat) -> None:
         now_s = self._worker.clock.now()

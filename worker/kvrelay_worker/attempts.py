@@ -24,6 +24,7 @@ class _Entry(Generic[R]):
     attempt: int  # the highest one known
     record: R | None = None  # of that attempt, while it lives
     cancelled: bool = False
+    refused: bool = False  # it never began here, and may be offered again
     forget_at_s: float = 0.0  # once it has no record
 
 
@@ -35,7 +36,7 @@ class AttemptTable(Generic[R]):
         self._endings: deque[tuple[float, tuple[str, str]]] = deque()  # ascending by time
 
     def find(self, attempt: AttemptId) -> R | None:
-        """The record of this very attempt, to re-attach to; None when the attempt is new.
+        """The record of this very attempt, to re-attach to; None when the attempt is new, or was refused.
 
         Raises SupersededError for a lower or ended attempt, RequestCancelledError for a cancelled one.
         """
@@ -49,6 +50,8 @@ class AttemptTable(Generic[R]):
             )
         if entry.record is not None:
             return entry.record
+        if entry.refused:
+            return None
         if entry.cancelled:
             raise RequestCancelledError(f"attempt {attempt.attempt} of {attempt.request_id} was cancelled")
         raise SupersededError(f"attempt {attempt.attempt} of {attempt.request_id} has ended here; use a higher one")
@@ -56,7 +59,7 @@ class AttemptTable(Generic[R]):
     def begin(self, attempt: AttemptId, record: R) -> R | None:
         """Registers an attempt that `find` did not know. Returns the record that it supersedes, if any."""
         entry = self._entries.get(attempt.request_key)
-        assert entry is None or attempt.attempt > entry.attempt, "begin() without find()"
+        assert entry is None or attempt.attempt > entry.attempt or entry.refused, "begin() without find()"
         self._entries[attempt.request_key] = _Entry(attempt.attempt, record)
         return None if entry is None else entry.record
 
@@ -89,9 +92,16 @@ class AttemptTable(Generic[R]):
         if entry is not None and entry.attempt == attempt.attempt and entry.record is not None:
             self._bury(attempt, cancelled=False)
 
+    def refuse(self, attempt: AttemptId) -> None:
+        """As `end`, but the same attempt may come again: there was no room for it."""
+        self.end(attempt)
+        entry = self._entries.get(attempt.request_key)
+        if entry is not None and entry.attempt == attempt.attempt and entry.record is None:
+            entry.refused = not entry.cancelled
+
     def _bury(self, attempt: AttemptId, *, cancelled: bool) -> None:
         forget_at_s = self._clock.now() + self._memory_s
-        self._entries[attempt.request_key] = _Entry(attempt.attempt, None, cancelled, forget_at_s)
+        self._entries[attempt.request_key] = _Entry(attempt.attempt, None, cancelled, forget_at_s=forget_at_s)
         self._endings.append((forget_at_s, attempt.request_key))
 
     def _forget(self) -> None:

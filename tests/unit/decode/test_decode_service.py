@@ -156,6 +156,22 @@ async def test_when_the_last_choice_is_aborted_the_request_is_over(fake: Fake) -
     call.cancel()
 
 
+async def test_a_refused_attempt_may_be_offered_again_and_is_tried_anew(fake: Fake) -> None:
+    call = await open_session(fake)
+    refused = await open_request(fake, call, 1)
+    fake.engine.dispatch(messages.RequestFailed(refused, info_of(OverloadedError("no room"))))
+    assert (await read_event(call, 1)).failed.reason == "OverloadedError"
+    again = await open_request(fake, call, 2)  # the same attempt, perhaps with the same ticket
+    assert again != refused
+    say_tokens(fake, (again, 0, 0, 10))
+    assert await read_rows(call) == [(2, 0, 0, 10)]
+    fake.engine.dispatch(messages.RequestFailed(again, info_of(OverloadedError("preempted"))))
+    assert (await read_event(call, 2)).failed.reason == "OverloadedError"
+    await call.write(pb.DecodeServiceSessionRequest(open=pb.DecodeOpen(handle=3, start=make_start())))
+    assert await read_rows(call) == [(3, 0, 0, 10)], "it had begun: whoever comes again gets what there was"
+    call.cancel()
+
+
 async def test_the_end_of_a_request_is_told_again_within_the_grace(fake: Fake) -> None:
     call = await open_session(fake)
     request_id = await open_request(fake, call, 1, make_start(num_choices=2))

@@ -47,6 +47,19 @@ def test_the_late_end_of_a_superseded_attempt_leaves_the_higher_one_alone() -> N
     assert table.find(attempt(2)) == "a2"
 
 
+def test_a_refused_attempt_may_come_again_and_a_lower_one_may_not() -> None:
+    table: AttemptTable[str] = AttemptTable(ManualClock())
+    open_attempt(table, 2)
+    table.refuse(attempt(2))
+    with pytest.raises(SupersededError):
+        table.find(attempt(1))
+    assert open_attempt(table, 2) == ("a2", None)
+    assert table.cancel(attempt(2)) == "a2"
+    table.refuse(attempt(2))  # it crossed with the cancel
+    with pytest.raises(RequestCancelledError):
+        table.find(attempt(2))
+
+
 def test_a_cancel_that_comes_first_refuses_its_request_for_a_minute() -> None:
     clock = ManualClock()
     table: AttemptTable[str] = AttemptTable(clock)
