@@ -54,7 +54,7 @@ def build_engine(config: EngineConfig, clock: Clock, emit: Callable[[Event], Non
     epoch = secrets.token_bytes(16)
     memory = PoolMemory.allocate(layout, _count_blocks(config, loaded, layout), config.device, epoch)
     stack.callback(memory.close)
-    slots = StagingSlots.create(config.staging_slots, slot_bytes_for(layout.block_bytes))
+    slots = StagingSlots.create(config.staging_slots, slot_bytes_for(layout))
     stack.callback(slots.close)
     staging = BlockStaging(memory, slots)
     stack.callback(staging.close)

@@ -1,6 +1,7 @@
 """The shape of a KV pool, and whether two pools can exchange blocks.
 
-One block is one contiguous span: `[layers, 2 (key, value), kv_heads, block_tokens, head_dim]`.
+One block is one contiguous span: `[layers, 2 (key, value), kv_heads, block_tokens, head_dim]`. Two pools that hold the
+same content may cut it differently, into blocks of other sizes and among other ranks (`slice_plan.py`).
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class KvLayout(Struct, frozen=True, array_like=True):
                 raise ConfigError(f"{name} must be a power of two, not {getattr(self, name)}")
         if min(self.num_layers, self.num_kv_heads, self.head_dim) < 1:
             raise ConfigError("num_layers, num_kv_heads and head_dim must be at least 1")
+        if not 0 <= self.tp_rank < self.tp_size:
+            raise ConfigError(f"there is no rank {self.tp_rank} of {self.tp_size}")
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
@@ -61,15 +64,49 @@ class KvLayout(Struct, frozen=True, array_like=True):
         return blake3(msgspec.msgpack.encode(self)).digest()
 
     def check_compatible(self, source: KvLayout) -> None:
-        """Raises MismatchError unless whole blocks of `source` can be copied into this pool as they are."""
-        for name in self.__struct_fields__:
+        """Raises MismatchError unless both hold the same content: only block size and ranks may differ."""
+        for name, remedy in _CONTENT.items():
             ours, theirs = getattr(self, name), getattr(source, name)
             if ours != theirs:
                 raise MismatchError(
                     f"KV layouts differ in {name}: the source has {theirs}, this pool {ours}; "
-                    "start both workers with the same value",
+                    f"start both workers with the same {remedy}",
                     field=name,
                 )
+        num_heads = self.common_heads(source)
+        for layout in (self, source):
+            if not layout._divides(num_heads):
+                raise MismatchError(
+                    f"KV layouts differ in num_kv_heads: the source has {source._heads_text}, this pool "
+                    f"{self._heads_text}; start both workers with the same model",
+                    field="num_kv_heads",
+                )
+
+    def needs_slices(self, source: KvLayout) -> bool:
+        """False if blocks of `source` fit into this pool as they are, both being compatible."""
+        return self.shape != source.shape
+
+    def common_heads(self, other: KvLayout) -> int:
+        """KV heads of the model, as far as the two layouts tell.
+
+        Where there are more ranks than heads, neighbouring ranks hold copies of one head; their product counts the
+        copies. Of two layouts the smaller product is nearer. If both count copies it may still be too many, which
+        changes nothing: each "head" is then a copy, and the ranks pair up all the same.
+        """
+        return min(self.num_kv_heads * self.tp_size, other.num_kv_heads * other.tp_size)
+
+    def _divides(self, num_heads: int) -> bool:
+        """Whether the ranks of this layout can share `num_heads` among them, each head as often as any other."""
+        copies, rest = divmod(self.num_kv_heads * self.tp_size, num_heads)
+        return rest == 0 and (copies == 1 or self.num_kv_heads == 1)
+
+    @property
+    def _heads_text(self) -> str:
+        return f"{self.num_kv_heads} on each of {self.tp_size} ranks"
+
+
+# What two workers must agree on, and where they get it from.
+_CONTENT = {"dtype": "--dtype", "num_layers": "model", "head_dim": "model", "hash_unit_tokens": "hash unit"}
 
 
 def block_keys(unit_hashes: list[bytes], layout: KvLayout) -> list[bytes]:

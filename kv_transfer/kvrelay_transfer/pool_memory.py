@@ -17,6 +17,7 @@ from kvrelay_transfer.fence import FenceWords
 from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.memfd import create_memfd, seal
 from kvrelay_transfer.region import RegionHeader
+from kvrelay_transfer.slice_copy import BlockBytes
 
 TORCH_DTYPES = {
     "float32": torch.float32,
@@ -75,6 +76,11 @@ class PoolMemory:
     def block_rows(self) -> torch.Tensor:
         """The pool as bytes [num_blocks, block_bytes]: whole blocks of any dtype."""
         return self.tensor.view(torch.uint8).view(self.num_blocks, self.layout.block_bytes)
+
+    @property
+    def host_blocks(self) -> BlockBytes:
+        """The same for numpy; of a pool on CPU."""
+        return BlockBytes(self.block_rows.numpy().reshape(-1), self.layout.block_bytes)
 
     @property
     def data_address(self) -> int:

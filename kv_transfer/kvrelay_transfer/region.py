@@ -18,6 +18,7 @@ from kvrelay_core.errors import MismatchError, TransferError
 from kvrelay_transfer.fence import WORD_BYTES, RemoteWords
 from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.memfd import is_sealed
+from kvrelay_transfer.slice_copy import BlockBytes
 
 MAGIC = b"KVRELAY\0"
 VERSION = 1
@@ -76,7 +77,7 @@ class RemoteRegion:
 
     @classmethod
     def attach(cls, fd: int, layout: KvLayout, engine_epoch: bytes) -> RemoteRegion:
-        """Maps the segment behind `fd`, which stays the caller's.
+        """Maps the segment behind `fd`, which stays the caller's. `layout` is what the peer says of its pool.
 
         Raises MismatchError (other layout), TransferError (other engine start, or memory that could vanish).
         """
@@ -97,7 +98,7 @@ class RemoteRegion:
     @staticmethod
     def _check(header: RegionHeader, layout: KvLayout, engine_epoch: bytes, size_bytes: int) -> None:
         if header.layout_fingerprint != layout.fingerprint():
-            raise MismatchError("the peer's segment holds KV of another layout")
+            raise MismatchError("the peer's segment holds KV of another layout than the peer says")
         if header.engine_epoch != engine_epoch:
             raise TransferError("the peer's segment is of another engine start; connect again")
         planned = RegionHeader.plan(layout, header.num_blocks, engine_epoch, has_data=header.has_data)
@@ -106,6 +107,12 @@ class RemoteRegion:
 
     def block_address(self, block: int) -> int:
         return self._address + self.header.data_offset + block * self.header.block_bytes
+
+    @property
+    def host_blocks(self) -> BlockBytes:
+        """All blocks, read-only. Let go of it before `close`."""
+        data = np.frombuffer(self._mapping, np.uint8, self.data_bytes, self.header.data_offset)
+        return BlockBytes(data, self.header.block_bytes)
 
     @property
     def data_bytes(self) -> int:

@@ -44,14 +44,14 @@ def test_shm_refuses_another_host(tmp_path: Path) -> None:
     memory.close()
 
 
-def test_shm_refuses_a_pool_of_another_layout(tmp_path: Path) -> None:
+def test_shm_refuses_a_pool_of_another_layout_than_announced(tmp_path: Path) -> None:
     memory, connector = shm_connector(tmp_path)
     other = make_memory(8, replace(LAYOUT, head_dim=16))
     reader = ShmConnector(other, MonotonicClock(), None)
     offer = connector.offer()
     assert offer is not None and reader.offer() is None
-    peer = PeerInfo(ADDRESS, memory.engine_epoch, MODEL, LAYOUT, (offer,))
-    with pytest.raises(TransferError, match="another layout"):
+    peer = PeerInfo(ADDRESS, memory.engine_epoch, MODEL, other.layout, (offer,))
+    with pytest.raises(TransferError, match="another layout than the peer says"):
         reader.connect(peer, offer)
     for closable in (reader, connector, memory, other):
         closable.close()

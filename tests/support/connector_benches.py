@@ -234,7 +234,7 @@ class Pump:
 class GrpcBench(ConnectorBench):
     def make_connector(self) -> Connector:
         blocks_per_slot = 4
-        slot_bytes = slot_bytes_for(LAYOUT.block_bytes)
+        slot_bytes = slot_bytes_for(LAYOUT)
         self.slots = StagingSlots.create(2, slot_bytes)
         self.staging = BlockStaging(self.memory, self.slots)
         self.pump = Pump(self.side, self.slots, blocks_per_slot)

@@ -80,7 +80,7 @@ class SourceSide:
         self.events: list[Event] = []
         self.identity = EngineIdentity("prefill-0", ADDRESS, self.memory.engine_epoch, MODEL)
         self.signer = TicketSigner(os.urandom(32), self.memory.engine_epoch)
-        self.slots = StagingSlots.create(num_slots, slot_bytes_for(layout.block_bytes))
+        self.slots = StagingSlots.create(num_slots, slot_bytes_for(layout))
         self.staging = BlockStaging(self.memory, self.slots)
         self.source = HandoffSource(
             self.pool,

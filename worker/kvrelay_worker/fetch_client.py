@@ -1,7 +1,8 @@
 """The reader's half of the grpc connector: brings blocks of a peer over the socket into staging slots.
 
 On the engine's Fetch it calls KvSourceService.Fetch at the peer, piece by piece, two pieces in flight; the engine
-copies each piece out of its slot, compares the words and answers SlotFree. Knows nothing of leases.
+copies each piece out of its slot, compares the words and answers SlotFree. Blocks travel whole, in the peer's size.
+Knows nothing of leases.
 """
 
 from __future__ import annotations
@@ -78,7 +79,9 @@ class FetchClient:
 
     async def _fetch_all(self, fetch: Fetch) -> None:
         permits = asyncio.Semaphore(PIECES_IN_FLIGHT)
-        step = self._staging.blocks_per_slot
+        step = self._staging.slot_bytes // fetch.ticket.layout.block_bytes
+        if step == 0:
+            raise TransferError(f"a block of {fetch.peer_id} is larger than a staging slot")
 
         async def run_piece(first: int) -> None:
             async with permits:
@@ -123,7 +126,7 @@ class FetchClient:
     async def _receive(self, fetch: Fetch, blocks: Sequence[int], slot: int) -> tuple[int, ...]:
         """Fills the slot; returns the words. TransferError when the peer sends more or less than asked for."""
         stub = self._peers.stub(fetch.peer_id)
-        expected_bytes = len(blocks) * self._staging.block_bytes
+        expected_bytes = len(blocks) * fetch.ticket.layout.block_bytes
         received_bytes = 0
         request = pb.FetchRequest(ticket=ticket_to_wire(fetch.ticket), group=fetch.group, blocks=blocks)
         call = stub.Fetch(request, wait_for_ready=True)

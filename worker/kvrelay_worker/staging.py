@@ -43,6 +43,7 @@ class Staging:
         if slots.slot_bytes < block_bytes or slots.num_slots < 2:
             raise InternalError(f"{slots.num_slots} staging slots of {slots.slot_bytes} bytes are too few or too small")
         self._slots = slots
+        self.slot_bytes = slots.slot_bytes
         self.block_bytes = block_bytes
         self.blocks_per_slot = slots.slot_bytes // block_bytes
         self.exports = SlotAllocator(range(slots.num_slots // 2))

@@ -9,8 +9,8 @@
 
 Contract of a read (PROTOCOL A5, A6, E3):
 - the destination blocks belong to the transfer until `poll()` returns a terminal state; after `abort()` too;
-- when `poll()` returns DONE, `words` holds the source's fence words of the blocks, read by a *second*
-  operation that was issued after the data's completion was observed. Comparing them is the caller's part;
+- when `poll()` returns DONE, `words` holds the source's fence words of `remote_blocks`, one for each entry, read by a
+  *second* operation that was issued after the data's completion was observed. Comparing them is the caller's part;
 - every read has a deadline of its own; a source that does not progress ends as FAILED or TORN_DOWN.
 
 A connector knows nothing of requests, leases or prefix caches.
@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import Protocol
 
+import msgspec
 from msgspec import Struct
 
 from kvrelay_core.errors import KvRelayError, TransferError
@@ -68,6 +69,15 @@ class SliceShape(Struct, frozen=True, array_like=True):
     remote_inner_stride: int
     local_outer_stride: int
     local_inner_stride: int
+
+    @property
+    def size_bytes(self) -> int:
+        """What one pair of blocks moves."""
+        return self.outer * self.inner * self.row_bytes
+
+    def extent(self, outer_stride: int, inner_stride: int) -> int:
+        """Bytes from the first row's begin to the last row's end."""
+        return (self.outer - 1) * outer_stride + (self.inner - 1) * inner_stride + self.row_bytes
 
 
 class BlockSlices(Struct, frozen=True, array_like=True):
@@ -148,6 +158,28 @@ def check_block_range(blocks: Sequence[int], num_blocks: int, whose: str) -> Non
     """Raises TransferError for a block that a pool of `num_blocks` does not have; the null block counts as such."""
     if blocks and not (min(blocks) > 0 and max(blocks) < num_blocks):
         raise TransferError(f"block numbers outside 1..{num_blocks - 1} of {whose} pool")
+
+
+def check_slices(read: BlockRead, remote_block_bytes: int, local_block_bytes: int) -> None:
+    """Raises TransferError for rows that leave their blocks, and for whole blocks of unequal size."""
+    if read.slices is None:
+        if remote_block_bytes != local_block_bytes:
+            raise TransferError(f"blocks of {remote_block_bytes} and {local_block_bytes} bytes are read by slices only")
+        return
+    shape, remote, local = read.slices.shape, read.slices.remote_offsets, read.slices.local_offsets
+    if not len(remote) == len(local) == len(read.remote_blocks) == len(read.local_blocks):
+        raise TransferError("a sliced read needs one offset on each side for each pair of blocks")
+    if not remote:
+        return
+    remote_end = max(remote) + shape.extent(shape.remote_outer_stride, shape.remote_inner_stride)
+    local_end = max(local) + shape.extent(shape.local_outer_stride, shape.local_inner_stride)
+    if (
+        min(msgspec.structs.astuple(shape)) < 1
+        or min(*remote, *local) < 0
+        or remote_end > remote_block_bytes
+        or local_end > local_block_bytes
+    ):
+        raise TransferError("a slice leaves its block")
 
 
 class Connector(ABC):

@@ -2,19 +2,23 @@
 
 A read is asked for through `SocketHalf`; the service fetches the bytes from the peer's service into staging
 slots and delivers them here piece by piece, with the words that the source read after it had copied. Slots are
-copied into the pool on the engine's thread, so an aborted read is terminal at once: nobody writes later. Knows
-no gRPC.
+copied into the pool on the engine's thread, so an aborted read is terminal at once: nobody writes later. Of a peer with
+another layout whole blocks are fetched, each once, and the slices are cut out of the slot. Knows no gRPC.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from msgspec.structs import replace
 
 from kvrelay_core.clock import Clock
 from kvrelay_core.errors import DeadlineError, KvRelayError, TransferError
 from kvrelay_transfer.connectors.base import (
     BlockRead,
+    BlockSlices,
     Connector,
     ConnectorOffer,
     EndedTransfer,
@@ -23,7 +27,9 @@ from kvrelay_transfer.connectors.base import (
     Transfer,
     TransferState,
     check_block_range,
+    check_slices,
 )
+from kvrelay_transfer.layout import KvLayout
 
 DEFAULT_DEADLINE_S = 30.0
 
@@ -31,7 +37,9 @@ DEFAULT_DEADLINE_S = 30.0
 class SocketHalf(Protocol):
     """The service process, as this connector sees it."""
 
-    def fetch(self, read_id: int, peer_id: str, read: BlockRead) -> None: ...
+    def fetch(self, read_id: int, peer_id: str, read: BlockRead) -> None:
+        """Brings `read.remote_blocks`, whole."""
+        ...
 
     def abort_fetch(self, read_id: int) -> None: ...
 
@@ -39,19 +47,32 @@ class SocketHalf(Protocol):
 
 
 class SlotReader(Protocol):
+    @property
+    def layout(self) -> KvLayout: ...
+
+    @property
+    def slot_bytes(self) -> int: ...
+
     def copy_in(self, slot: int, blocks: tuple[int, ...]) -> None: ...
+
+    def copy_in_slices(
+        self, slot: int, sent_block_bytes: int, positions: Sequence[int], blocks: Sequence[int], slices: BlockSlices
+    ) -> None: ...
 
 
 @dataclass(slots=True, frozen=True, eq=False)
 class _Fetching:
     transfer: _FetchTransfer
     read: BlockRead
-    words: dict[int, int]  # position in the read -> word
+    num_blocks: int  # that are fetched
+    positions: Sequence[int]  # of the block of each pair among them
+    words: dict[int, int]  # position -> word
     link: _GrpcLink
 
 
 class GrpcConnector(Connector):
     name = "grpc"
+    can_slice = True
 
     def __init__(
         self,
@@ -74,7 +95,13 @@ class GrpcConnector(Connector):
         return ConnectorOffer(self.name, b"")
 
     def connect(self, peer: PeerInfo, offer: ConnectorOffer) -> PeerLink:
-        return _GrpcLink(self, peer.peer_id)
+        slot_bytes, block_bytes = self._staging.slot_bytes, peer.layout.block_bytes
+        if block_bytes > slot_bytes:
+            raise TransferError(
+                f"a block of {peer.peer_id} has {block_bytes} bytes, a staging slot here {slot_bytes}; "
+                f"lower its --block-tokens (now {peer.layout.block_tokens})"
+            )
+        return _GrpcLink(self, peer)
 
     def close(self) -> None:
         for read_id in list(self._fetching):
@@ -83,8 +110,8 @@ class GrpcConnector(Connector):
     # ------------------------------------------------------------------------------ from the socket half
 
     def deliver(self, read_id: int, first: int, slot: int, words: tuple[int, ...]) -> None:
-        """Blocks [first, first + len(words)) of the read lie in `slot`. Pieces of a read that is over only
-        give their slot back."""
+        """Blocks [first, first + len(words)) of those to fetch lie in `slot`. Pieces of a read that is over only give
+        their slot back."""
         fetching = self._fetching.get(read_id)
         try:
             if fetching is not None:
@@ -99,33 +126,50 @@ class GrpcConnector(Connector):
         fetching = self._fetching.pop(read_id, None)
         if fetching is None:
             return
-        num_blocks = len(fetching.read.local_blocks)
+        num_blocks = fetching.num_blocks
         if error is None and len(fetching.words) == num_blocks:
-            words = tuple(fetching.words[position] for position in range(num_blocks))
+            words = tuple(fetching.words[position] for position in fetching.positions)
             fetching.transfer.finish(TransferState.DONE, words=words)
             return
         short = TransferError(f"the peer sent {len(fetching.words)} of {num_blocks} blocks")
         fetching.transfer.finish(TransferState.FAILED, error=error or short)
 
     def _copy_in(self, fetching: _Fetching, first: int, slot: int, words: tuple[int, ...]) -> None:
-        local = fetching.read.local_blocks[first : first + len(words)]
-        if first < 0 or len(local) != len(words):
+        read, end = fetching.read, first + len(words)
+        if first < 0 or end > fetching.num_blocks:
             raise TransferError("the peer sent blocks that were not asked for")
-        self._staging.copy_in(slot, local)
+        if read.slices is None:
+            self._staging.copy_in(slot, read.local_blocks[first:end])
+        else:
+            self._cut_out(fetching, first, end, slot, read.slices)
         fetching.words.update(enumerate(words, start=first))
+
+    def _cut_out(self, fetching: _Fetching, first: int, end: int, slot: int, slices: BlockSlices) -> None:
+        """Copies the pairs of the blocks at [first, end), which lie in `slot`."""
+        pairs = [pair for pair, position in enumerate(fetching.positions) if first <= position < end]
+        part = BlockSlices(
+            slices.shape,
+            tuple(slices.remote_offsets[pair] for pair in pairs),
+            tuple(slices.local_offsets[pair] for pair in pairs),
+        )
+        positions = [fetching.positions[pair] - first for pair in pairs]
+        blocks = [fetching.read.local_blocks[pair] for pair in pairs]
+        self._staging.copy_in_slices(slot, fetching.link.block_bytes, positions, blocks, part)
 
     # ---------------------------------------------------------------------------------- from the transfers
 
     def start(self, link: _GrpcLink, read: BlockRead) -> Transfer:
         try:
             check_block_range(read.local_blocks, self._num_blocks, "our")
+            check_slices(read, link.block_bytes, self._staging.layout.block_bytes)
         except TransferError as error:
             return EndedTransfer(error)
         read_id = self._next_read_id
         self._next_read_id += 1
         transfer = _FetchTransfer(self, read_id, self._clock.now() + self._deadline_s)
-        self._fetching[read_id] = _Fetching(transfer, read, {}, link)
-        self._socket_half.fetch(read_id, link.peer_id, read)
+        wanted, positions = _each_once(read)
+        self._fetching[read_id] = _Fetching(transfer, read, len(wanted), positions, {}, link)
+        self._socket_half.fetch(read_id, link.peer_id, replace(read, remote_blocks=wanted))
         return transfer
 
     def check_deadline(self, read_id: int, deadline_at_s: float) -> None:
@@ -148,10 +192,19 @@ class GrpcConnector(Connector):
             self._socket_half.abort_fetch(read_id)
 
 
+def _each_once(read: BlockRead) -> tuple[tuple[int, ...], Sequence[int]]:
+    """The blocks to fetch, and the position of each pair's block among them. Whole blocks are in one pair each."""
+    if read.slices is None:
+        return read.remote_blocks, range(len(read.remote_blocks))
+    position_of = {block: position for position, block in enumerate(dict.fromkeys(read.remote_blocks))}
+    return tuple(position_of), [position_of[block] for block in read.remote_blocks]
+
+
 class _GrpcLink(PeerLink):
-    def __init__(self, connector: GrpcConnector, peer_id: str) -> None:
+    def __init__(self, connector: GrpcConnector, peer: PeerInfo) -> None:
         self._connector = connector
-        self.peer_id = peer_id
+        self.peer_id = peer.peer_id
+        self.block_bytes = peer.layout.block_bytes
         self._is_closed = False
 
     def read(self, read: BlockRead) -> Transfer:

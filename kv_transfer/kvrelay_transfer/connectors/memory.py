@@ -19,8 +19,10 @@ from kvrelay_transfer.connectors.base import (
     Transfer,
     TransferState,
     check_block_range,
+    check_slices,
 )
 from kvrelay_transfer.pool_memory import PoolMemory
+from kvrelay_transfer.slice_copy import copy_slices
 
 DEFAULT_DEADLINE_S = 10.0
 
@@ -49,6 +51,7 @@ class MemoryFabric:
 
 class MemoryConnector(Connector):
     name = "memory"
+    can_slice = True
 
     def __init__(
         self,
@@ -70,8 +73,8 @@ class MemoryConnector(Connector):
         source = self._fabric.find(offer.endpoint)
         if source is None or source.engine_epoch != peer.engine_epoch:
             raise TransferError(f"{peer.peer_id} is not in this process, or has restarted")
-        if source.layout != self._memory.layout:
-            raise TransferError(f"the pool of {peer.peer_id} has another layout")
+        if source.layout != peer.layout:
+            raise TransferError(f"the pool of {peer.peer_id} has another layout than the peer says")
         return _MemoryLink(self._fabric, source, self._memory, self._clock, self._deadline_s)
 
     def close(self) -> None:
@@ -95,6 +98,7 @@ class _MemoryLink(PeerLink):
         try:
             check_block_range(read.remote_blocks, self._source.num_blocks, "the peer's")
             check_block_range(read.local_blocks, self._destination.num_blocks, "our")
+            check_slices(read, self._source.layout.block_bytes, self._destination.layout.block_bytes)
         except TransferError as error:
             return EndedTransfer(error)
         deadline_at_s = self._clock.now() + self._deadline_s
@@ -148,7 +152,12 @@ class MemoryTransfer(Transfer):
 
     def copy_data(self) -> None:
         assert not self._state.is_terminal, "a transfer that has ended writes nothing any more"
-        for remote, local in zip(self.request.remote_blocks, self.request.local_blocks, strict=True):
+        read = self.request
+        if read.slices is not None:
+            source, destination = self._source.host_blocks, self._destination.host_blocks
+            copy_slices(source, read.remote_blocks, destination, read.local_blocks, read.slices)
+            return
+        for remote, local in zip(read.remote_blocks, read.local_blocks, strict=True):
             self._destination.block_rows[local].copy_(self._source.block_rows[remote])
 
     def read_words(self) -> None:

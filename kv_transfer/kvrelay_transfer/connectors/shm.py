@@ -1,9 +1,9 @@
 """Same host, CPU pools: maps the peer's segment read-only and copies blocks out of it.
 
-`connect` gets the segment's descriptor from the peer's DescriptorServer and maps it; reads are memmove runs on
-one copy thread per connector, followed by a second operation that reads the words. A new link's bandwidth is
-measured on that thread too, between the reads. The mapping outlives the
-peer, so a peer that dies under a read does no harm; whether its data is still good is what the words say.
+`connect` gets the segment's descriptor from the peer's DescriptorServer and maps it; reads are memmove runs, or strided
+copies where the layouts differ, on one copy thread per connector, followed by a second operation that reads the
+words. A new link's bandwidth is measured on that thread too, between the reads. The mapping outlives the peer, so a
+peer that dies under a read does no harm; whether its data is still good is what the words say.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ from kvrelay_transfer.connectors.base import (
     Transfer,
     TransferState,
     check_block_range,
+    check_slices,
 )
 from kvrelay_transfer.connectors.copy_thread import CopyThread, copy_span, merge_runs
 from kvrelay_transfer.descriptor_server import DescriptorServer, fetch_descriptor
 from kvrelay_transfer.pool_memory import PoolMemory
 from kvrelay_transfer.region import RemoteRegion
+from kvrelay_transfer.slice_copy import copy_slices
 
 DEFAULT_DEADLINE_S = 10.0
 PROBE_BYTES = 64 << 20
@@ -50,6 +52,7 @@ def host_id() -> str:
 
 class ShmConnector(Connector):
     name = "shm"
+    can_slice = True
 
     def __init__(
         self, memory: PoolMemory, clock: Clock, socket_path: Path | None, deadline_s: float = DEFAULT_DEADLINE_S
@@ -91,7 +94,7 @@ class ShmConnector(Connector):
             raise TransferError(f"{peer.peer_id} is on another host; shm reaches pools of this one only")
         fd = fetch_descriptor(endpoint.socket_path)
         try:
-            region = RemoteRegion.attach(fd, self._memory.layout, peer.engine_epoch)
+            region = RemoteRegion.attach(fd, peer.layout, peer.engine_epoch)
         except (MismatchError, OSError, ValueError) as error:
             raise TransferError(f"the segment of {peer.peer_id} cannot be mapped: {error}") from error
         finally:
@@ -129,6 +132,7 @@ class _ShmLink(PeerLink):
         try:
             check_block_range(read.remote_blocks, self.region.header.num_blocks, "the peer's")
             check_block_range(read.local_blocks, self.memory.num_blocks, "our")
+            check_slices(read, self.region.header.block_bytes, self.memory.layout.block_bytes)
         except TransferError as error:
             return EndedTransfer(error)
         transfer = _ShmTransfer(self, read, self._clock, self._clock.now() + self._deadline_s)
@@ -171,17 +175,20 @@ class _ShmTransfer(Transfer):
 
     def run(self) -> None:
         """On the copy thread. The state is stored last: who sees it sees the rest."""
-        if self._copy_runs(self._is_wanted):
+        if self._copy(self._is_wanted):
             self.words = self._link.region.words.read(self._read.remote_blocks)
             self._state = TransferState.DONE
             return
         self.error = self._why_unwanted()
         self._state = TransferState.TORN_DOWN if self._link.is_closed else TransferState.FAILED
 
-    def _copy_runs(self, is_wanted: Callable[[], bool]) -> bool:
-        region, memory = self._link.region, self._link.memory
+    def _copy(self, is_wanted: Callable[[], bool]) -> bool:
+        region, memory, read = self._link.region, self._link.memory, self._read
+        if read.slices is not None:
+            sent, ours = region.host_blocks, memory.host_blocks
+            return copy_slices(sent, read.remote_blocks, ours, read.local_blocks, read.slices, is_wanted)
         block_bytes = memory.layout.block_bytes
-        for remote, local, count in merge_runs(self._read.remote_blocks, self._read.local_blocks):
+        for remote, local, count in merge_runs(read.remote_blocks, read.local_blocks):
             destination = memory.data_address + local * block_bytes
             if not copy_span(destination, region.block_address(remote), count * block_bytes, is_wanted):
                 return False

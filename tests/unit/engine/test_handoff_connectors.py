@@ -69,7 +69,7 @@ class TwoEngines:
         self.memory = make_memory(32)
         self.pool = BlockPool(32, self.memory.words)
         self.events: list[Event] = []
-        self.slots = StagingSlots.create(2, slot_bytes_for(LAYOUT.block_bytes))
+        self.slots = StagingSlots.create(2, slot_bytes_for(LAYOUT))
         self.staging = BlockStaging(self.memory, self.slots)
         self.free_slots = [0, 1]
         self.connectors: dict[str, Connector] = create_connectors(

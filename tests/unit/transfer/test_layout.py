@@ -16,20 +16,70 @@ def test_block_bytes_is_the_product_of_the_shape() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"dtype": "int4"}, {"block_tokens": 24}, {"hash_unit_tokens": 0}, {"num_layers": 0}, {"head_dim": 0}]
+    "changes",
+    [
+        {"dtype": "int4"},
+        {"block_tokens": 24},
+        {"hash_unit_tokens": 0},
+        {"num_layers": 0},
+        {"head_dim": 0},
+        {"tp_rank": 1},
+    ],
 )
 def test_an_impossible_layout_is_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         replace(LAYOUT, **changes).validate()
 
 
+@pytest.mark.parametrize(
+    ("changes", "field", "remedy"),
+    [
+        ({"dtype": "bfloat16"}, "dtype", "--dtype"),
+        ({"num_layers": 3}, "num_layers", "model"),
+        ({"head_dim": 16}, "head_dim", "model"),
+        ({"hash_unit_tokens": 16}, "hash_unit_tokens", "hash unit"),
+        ({"num_kv_heads": 3}, "num_kv_heads", "model"),
+        ({"tp_size": 2, "num_kv_heads": 2}, "num_kv_heads", "model"),
+    ],
+)
+def test_other_content_is_a_mismatch_that_says_what_to_change(
+    changes: dict[str, object], field: str, remedy: str
+) -> None:
+    theirs = replace(LAYOUT, **changes)
+    for source, reader in ((theirs, LAYOUT), (LAYOUT, theirs)):
+        with pytest.raises(MismatchError, match=f"{field}.*the same {remedy}"):
+            reader.check_compatible(source)
+
+
+@pytest.mark.parametrize(
+    ("changes", "needs_slices"),
+    [
+        ({}, False),
+        ({"block_tokens": 64}, True),
+        ({"tp_size": 2, "num_kv_heads": 1, "tp_rank": 1}, True),
+        ({"tp_size": 4, "num_kv_heads": 1}, True),  # two ranks with a copy of each head
+    ],
+)
+def test_other_blocks_and_ranks_are_compatible(changes: dict[str, object], needs_slices: bool) -> None:
+    theirs = replace(LAYOUT, **changes)
+    theirs.validate()
+    for source, reader in ((theirs, LAYOUT), (LAYOUT, theirs)):
+        reader.check_compatible(source)
+        assert reader.needs_slices(source) is needs_slices
+
+
+def test_copies_of_heads_on_both_sides_fit_whole() -> None:
+    """Two heads over four ranks and over eight."""
+    four, eight = (replace(LAYOUT, num_kv_heads=1, tp_size=tp_size) for tp_size in (4, 8))
+    four.check_compatible(eight)
+    eight.check_compatible(four)
+    assert not four.needs_slices(eight)
+
+
 @pytest.mark.parametrize("name", KvLayout.__struct_fields__)
-def test_any_difference_is_a_mismatch_that_names_the_field(name: str) -> None:
+def test_any_difference_is_another_fingerprint(name: str) -> None:
     theirs = replace(LAYOUT, **{name: "bfloat16" if name == "dtype" else 64})
-    with pytest.raises(MismatchError, match=name):
-        LAYOUT.check_compatible(theirs)
     assert LAYOUT.fingerprint() != theirs.fingerprint()
-    LAYOUT.check_compatible(replace(theirs, **{name: getattr(LAYOUT, name)}))
 
 
 def test_a_large_block_is_keyed_by_its_last_unit() -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from handoff_sides import LAYOUT, fill_block, make_memory
+from msgspec.structs import replace
+from split_kv import cut, glue, make_kv, rank_layout
 
 from kvrelay_core.errors import TransferError, UnavailableError
-from kvrelay_transfer.staging import BlockStaging, slot_bytes_for
+from kvrelay_transfer.slice_plan import plan_ranks
+from kvrelay_transfer.staging import TARGET_SLOT_BYTES, BlockStaging, slot_bytes_for
 from kvrelay_transfer.staging_slots import StagingSlots
 
 BLOCKS_PER_SLOT = 3
@@ -77,6 +81,34 @@ def test_a_gone_engine_is_unavailable() -> None:
         StagingSlots.open(f"/proc/{os.getpid()}/fd/9999", 1, 4096)
 
 
-def test_slots_hold_whole_blocks() -> None:
-    assert slot_bytes_for(3000) % 3000 == 0
-    assert slot_bytes_for(64 << 20) == 64 << 20
+@pytest.mark.parametrize("device", DEVICES)
+def test_slices_of_larger_blocks_are_cut_out_of_a_slot(device: str) -> None:
+    theirs, ours = rank_layout(LAYOUT, 2, 16, 1, 0), LAYOUT
+    kv = make_kv(LAYOUT, num_heads=2, num_tokens=30)
+    memory = make_memory(16, device=device)
+    slots = StagingSlots.create(1, slot_bytes_for(LAYOUT))
+    staging = BlockStaging(memory, slots)
+    sent = cut(kv, theirs)
+    with slots.slot(0) as view:
+        view[: sent.size] = sent.tobytes()
+    (plan,) = plan_ranks(theirs, ours)
+    pairs = plan.pair(0, 2, 30)
+    assert pairs.slices is not None
+    blocks = [2 * position + 1 for position in pairs.local]
+    staging.copy_in_slices(0, theirs.block_bytes, pairs.remote, blocks, pairs.slices)
+    assert np.array_equal(glue(memory.block_rows[blocks].cpu().numpy(), ours, 30), kv)
+    assert not memory.block_rows[::2].any()
+    with pytest.raises(TransferError, match="slot"):
+        staging.copy_in_slices(0, slots.slot_bytes, (1,), (1,), pairs.slices)
+    for closable in (staging, slots, memory):
+        closable.close()
+
+
+@pytest.mark.parametrize("block_tokens", [4, 16, 64, 128, 256])
+@pytest.mark.parametrize("head_dim", [3, 128])
+def test_slots_hold_whole_blocks_and_the_largest_of_a_peer(block_tokens: int, head_dim: int) -> None:
+    layout = replace(LAYOUT, num_layers=32, num_kv_heads=8, block_tokens=block_tokens, head_dim=head_dim)
+    slot_bytes = slot_bytes_for(layout)
+    assert slot_bytes % layout.block_bytes == 0
+    assert slot_bytes >= replace(layout, block_tokens=128).block_bytes
+    assert slot_bytes <= max(TARGET_SLOT_BYTES, replace(layout, block_tokens=max(128, block_tokens)).block_bytes)
