@@ -1,12 +1,13 @@
 """One hand-off on its way into this engine: what was announced, posted and verified so far.
 
-Blocks are counted in ticket order: `blocks[i]` is where the ticket's block i goes. All of them are this
-object's until the hand-off arrives, breaks or is aborted; until then `sequence.blocks` stays empty. Knows no
-connectors, pools or clocks.
+What the source says and what is read counts in the ticket's blocks, `blocks` in ours; `plan` knows which is which.
+All of `blocks` are this object's until the hand-off arrives, breaks or is aborted; until then `sequence.blocks`
+stays empty. Knows no connectors, pools or clocks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
@@ -14,14 +15,15 @@ from kvrelay_core.errors import KvRelayError, MismatchError, StaleTicketError, U
 from kvrelay_core.request import FirstToken, HandoffTiming
 from kvrelay_engine.block_pool import NULL_BLOCK
 from kvrelay_engine.messages import HandoffComplete
+from kvrelay_engine.pull_plan import PullPlan
 from kvrelay_engine.sequence import Sequence
-from kvrelay_transfer.connectors.base import Transfer
+from kvrelay_transfer.connectors.base import BlockRead, Transfer
 from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.ticket import GroupBlocks, KvTicket
 
 
 def check_ticket(ticket: KvTicket, sequence: Sequence, layout: KvLayout, model_fingerprint: bytes) -> None:
-    """Raises MismatchError unless the ticket is for the tokens of `sequence`, this model and this layout.
+    """Raises MismatchError unless the ticket is for the tokens of `sequence`, this model and the content of `layout`.
 
     The hashes are recomputed from our own tokens, so that nobody can plant KV under another prompt's hash
     (PROTOCOL D2). A ticket of a lower attempt is as good as its lease: who holds it may try decode once more, and
@@ -40,7 +42,7 @@ def check_ticket(ticket: KvTicket, sequence: Sequence, layout: KvLayout, model_f
         raise MismatchError(f"the ticket covers {ticket.num_tokens} tokens, the request has {len(sequence.tokens)}")
     if len(ticket.groups) != 1:
         raise UnsupportedError(f"this worker reads one KV group, the ticket has {len(ticket.groups)}")
-    group, num_blocks = ticket.groups[0], layout.blocks_for(ticket.num_tokens)
+    group, num_blocks = ticket.groups[0], ticket.layout.blocks_for(ticket.num_tokens)
     is_whole = group.first_token == 0 and len(group.blocks) == len(group.words) == num_blocks
     if not is_whole or NULL_BLOCK in group.blocks:
         raise MismatchError(f"the ticket does not list the {num_blocks} blocks of its {ticket.num_tokens} tokens")
@@ -50,10 +52,13 @@ def check_ticket(ticket: KvTicket, sequence: Sequence, layout: KvLayout, model_f
 
 @dataclass(slots=True, eq=False)
 class PostedRead:
-    """A read of the ticket's blocks [first, first + len(blocks))."""
+    """A read of the ticket's blocks [first, end)."""
 
     first: int
-    blocks: tuple[int, ...]  # the local destination
+    end: int
+    blocks: tuple[int, ...]  # the local destination, each block once
+    expected_words: tuple[int, ...]
+    size_bytes: int
     transfer: Transfer
     peer_id: str
 
@@ -62,21 +67,22 @@ class PostedRead:
 class Incoming:
     sequence: Sequence
     ticket: KvTicket
-    keys: list[bytes]  # prefix-cache keys of the ticket's first blocks
-    num_ready: int = 0  # blocks that may be read
+    keys: list[bytes]  # prefix-cache keys of our first blocks
+    plan: PullPlan
+    num_ready: int = 0  # of the ticket's blocks, those that may be read
     first_tokens: tuple[FirstToken, ...] | None = None  # None until the source said Complete
     failure: KvRelayError | None = None  # reported from outside; breaks the hand-off at the next poll
     blocks: list[int] = field(default_factory=list)
     num_reused: int = 0  # of `blocks`, from our own prefix cache
-    num_posted: int = 0  # blocks that are here or asked for
-    num_verified: int = 0  # blocks from the start whose data is here and whose words agreed
-    num_pulled: int = 0
+    num_posted: int = 0  # of the ticket's blocks, those that are here or asked for
+    num_verified: int = 0  # of the ticket's blocks, from the start, whose data is here and whose words agreed
+    pulled_bytes: int = 0
     reads: list[PostedRead] = field(default_factory=list)
     waiting_since_s: float | None = None  # for room or for the link to the peer
     reading_since_s: float | None = None
     reading_s: float = 0.0  # time with a read under way
     connector: str = ""
-    _verified_ahead: dict[int, int] = field(default_factory=dict)  # first block -> count, behind a gap
+    _verified_ahead: dict[int, int] = field(default_factory=dict)  # first block -> end, behind a gap
 
     @property
     def request_id(self) -> int:
@@ -89,6 +95,11 @@ class Incoming:
     @property
     def num_full_blocks(self) -> int:
         return self.ticket.num_tokens // self.ticket.layout.block_tokens
+
+    @property
+    def num_usable(self) -> int:
+        """Of our own blocks, from the start, those that hold verified KV."""
+        return max(self.num_reused, self.plan.local_blocks_in(self.num_verified))
 
     @property
     def is_whole(self) -> bool:
@@ -123,19 +134,33 @@ class Incoming:
 
     # ---------------------------------------------------------------------------------------------- reads
 
+    def take(self, reserved: list[int], num_reused: int) -> None:
+        """All our blocks, of which the first `num_reused` hold their KV already."""
+        self.blocks, self.num_reused = reserved, num_reused
+        self.num_posted = self.num_verified = self.plan.source_blocks_in(num_reused)
+
+    def post(self, end: int, peer_id: str, read: Callable[[BlockRead], Transfer]) -> None:
+        """Posts the read of the ticket's blocks up to `end`."""
+        group, pairs = self.group, self.plan.pair(self.num_posted, end, self.num_reused)
+        remote = tuple(group.blocks[position] for position in pairs.remote)
+        local = tuple(self.blocks[position] for position in pairs.local)
+        words = tuple(group.words[position] for position in pairs.remote)
+        transfer = read(BlockRead(self.ticket, group.group, remote, local, pairs.slices))
+        blocks, size_bytes = tuple(dict.fromkeys(local)), self.plan.size_bytes(pairs)
+        self.reads.append(PostedRead(self.num_posted, end, blocks, words, size_bytes, transfer, peer_id))
+        self.num_posted = end
+
     def verify(self, read: PostedRead) -> None:
         """Compares the words that followed the data with the ticket's (PROTOCOL A6): all or nothing."""
-        count = len(read.blocks)
-        expected = self.group.words[read.first : read.first + count]
-        if tuple(read.transfer.words) != expected:
+        if tuple(read.transfer.words) != read.expected_words:
             raise StaleTicketError(
                 "blocks of the ticket were reused before they were read; nothing of that read is used",
                 ticket_id=self.ticket.ticket_id,
             )
-        self.num_pulled += count
-        self._verified_ahead[read.first] = count
-        while (next_count := self._verified_ahead.pop(self.num_verified, None)) is not None:
-            self.num_verified += next_count
+        self.pulled_bytes += read.size_bytes
+        self._verified_ahead[read.first] = read.end
+        while (end := self._verified_ahead.pop(self.num_verified, None)) is not None:
+            self.num_verified = end
 
     def note_reading(self, now_s: float) -> None:
         """Keeps `reading_s`: the time during which at least one read was under way."""
@@ -144,8 +169,9 @@ class Incoming:
         self.reading_since_s = now_s if self.reads else None
 
     def timing(self) -> HandoffTiming:
-        size_bytes = self.num_pulled * self.ticket.layout.block_bytes
-        return HandoffTiming(size_bytes, self.reading_s, self.num_pulled, self.num_reused, self.connector)
+        """Of a hand-off that is whole; blocks are ours."""
+        num_pulled = len(self.blocks) - self.num_reused
+        return HandoffTiming(self.pulled_bytes, self.reading_s, num_pulled, self.num_reused, self.connector)
 
     def unused_blocks(self, kept: int) -> SequenceOf[int]:
         """Blocks after the first `kept` that no read can still write to."""

@@ -85,7 +85,11 @@ class PeerLinks:
 
     def _open(self, peer: PeerInfo) -> ActiveLink:
         refusals: list[str] = []
+        needs_slices = self._layout.needs_slices(peer.layout)
         for connector, offer in choose(peer.offers, self._connectors):
+            if needs_slices and not connector.can_slice:
+                refusals.append(f"{connector.name}: moves whole blocks only, {self._difference(peer.layout)}")
+                continue
             try:
                 return ActiveLink(peer, connector.name, connector.connect(peer, offer))
             except TransferError as error:
@@ -94,6 +98,13 @@ class PeerLinks:
         theirs = ", ".join(offer.name for offer in peer.offers) or "none"
         details = "; ".join(refusals) or f"no connector in common (ours: {ours}; the peer's: {theirs})"
         raise TransferError(f"the KV pool of {peer.peer_id} cannot be reached: {details}")
+
+    def _difference(self, theirs: KvLayout) -> str:
+        ours = self._layout
+        return (
+            f"and those of the source have {theirs.block_tokens} tokens of {theirs.num_kv_heads} KV heads, ours "
+            f"{ours.block_tokens} of {ours.num_kv_heads}: use one --block-tokens, or allow another --connector"
+        )
 
     def _fail(self, peer_id: str, error: KvRelayError) -> None:
         self._errors[peer_id] = error

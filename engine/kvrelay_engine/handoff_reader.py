@@ -31,7 +31,7 @@ from kvrelay_core.errors import (
 from kvrelay_core.request import FirstToken, HandoffTiming
 from kvrelay_engine.block_pool import BlockPool
 from kvrelay_engine.handoff_incoming import Incoming, PostedRead, check_ticket
-from kvrelay_engine.handoff_peers import ActiveLink, PeerLinks
+from kvrelay_engine.handoff_peers import PeerLinks
 from kvrelay_engine.messages import (
     Command,
     ConnectPeer,
@@ -45,8 +45,9 @@ from kvrelay_engine.messages import (
     HandoffRelease,
     ReleaseReason,
 )
+from kvrelay_engine.pull_plan import PullPlan
 from kvrelay_engine.sequence import Sequence
-from kvrelay_transfer.connectors.base import BlockRead, Connector, TransferState
+from kvrelay_transfer.connectors.base import Connector, TransferState
 from kvrelay_transfer.connectors.grpc import GrpcConnector
 from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.quarantine import Quarantine
@@ -106,7 +107,6 @@ class HandoffReader:
         self._emit = emit
         self._reserve = reserve
         self._limits = limits or ReaderLimits()
-        self._max_read_blocks = max(1, self._limits.max_read_bytes // layout.block_bytes)
         self._peers = PeerLinks(layout, connectors, emit)
         self._quarantine = Quarantine(int(self._limits.max_quarantined_share * pool.num_blocks))
         self._incoming: dict[int, Incoming] = {}
@@ -135,7 +135,7 @@ class HandoffReader:
         return self.num_transfers > 0 or self._peers.is_probing or has_failure
 
     def pulled_blocks(self) -> dict[int, int]:
-        """Per request id of a hand-off in progress; for the engine's Beat."""
+        """Per request id of a hand-off in progress, in blocks of its source; for the engine's Beat."""
         return {request_id: incoming.num_verified for request_id, incoming in self._incoming.items()}
 
     # ---------------------------------------------------------------------------------- open, handle, abort
@@ -143,11 +143,13 @@ class HandoffReader:
     def open(self, sequence: Sequence, ticket: KvTicket) -> None:
         """Begins to wait for the ticket's blocks. `sequence.blocks` is empty and stays so until it has arrived.
 
-        Raises MismatchError when the ticket is not for these tokens, this model or this layout.
+        Raises MismatchError when the ticket is not for these tokens, this model or the content of our layout,
+        UnsupportedError when its source has several ranks or groups.
         """
         assert not sequence.blocks, "a hand-off begins without blocks"
         check_ticket(ticket, sequence, self._layout, self._model_fingerprint)
-        self._incoming[sequence.request.id] = Incoming(sequence, ticket, sequence.chain.keys())
+        plan = PullPlan(ticket.layout, self._layout, ticket.num_tokens)
+        self._incoming[sequence.request.id] = Incoming(sequence, ticket, sequence.chain.keys(), plan)
 
     def handle(self, command: Command) -> None:
         """Messages for requests or reads that are over are ignored: they crossed with the end."""
@@ -238,31 +240,33 @@ class HandoffReader:
     def _take_in(self, incoming: Incoming, read: PostedRead, state: TransferState) -> None:
         if state is not TransferState.DONE:
             raise read.transfer.error or TransferError(f"the read from {read.peer_id} ended as {state.value}")
-        before = incoming.num_verified
+        before = incoming.num_usable
         try:
             incoming.verify(read)
         except StaleTicketError:
             self.stale_reads += 1
             raise
-        self.handoff_bytes += len(read.blocks) * self._layout.block_bytes
-        for block, key in zip(incoming.blocks[before : incoming.num_verified], incoming.keys[before:], strict=False):
+        self.handoff_bytes += read.size_bytes
+        for block, key in zip(incoming.blocks[before : incoming.num_usable], incoming.keys[before:], strict=False):
             self._pool.publish(block, key)
 
     def _reserve_all(self, incoming: Incoming) -> bool:
         """Our own cached blocks first, the rest from the scheduler; all or nothing."""
         reused = self._pool.lookup(incoming.keys)
         self._pool.pin(reused)
-        reserved = self._reserve(incoming.sequence, len(incoming.group.blocks) - len(reused))
+        reserved = self._reserve(incoming.sequence, incoming.plan.local_blocks - len(reused))
         if reserved is None:
             self._pool.release(reused)
             return False
         incoming.waiting_since_s = None
-        incoming.blocks = reused + reserved
-        incoming.num_reused = incoming.num_posted = incoming.num_verified = len(reused)
+        incoming.take(reused + reserved, len(reused))
         return True
 
     def _post_reads(self, incoming: Incoming) -> None:
         while incoming.num_posted < incoming.num_ready and len(incoming.reads) < self._limits.max_reads:
+            end = incoming.plan.read_end(incoming.num_posted, incoming.num_ready, self._limits.max_read_bytes)
+            if end == incoming.num_posted:
+                break  # our next block is not covered yet
             peer_id = incoming.ticket.source_address
             active = self._peers.find(peer_id, incoming.ticket.engine_epoch)
             if active is None:
@@ -270,19 +274,12 @@ class HandoffReader:
                     raise TransferError(f"{peer_id} was not connected in time to pull from it", peer_id=peer_id)
                 break
             incoming.waiting_since_s = None
-            self._post(incoming, active)
+            if active.peer.layout != incoming.ticket.layout:
+                raise MismatchError("the ticket is of another KV layout than its source has")
+            incoming.connector = active.connector
+            incoming.post(end, active.peer.peer_id, active.link.read)
         if incoming.reading_since_s is None:
             incoming.note_reading(self._clock.now())
-
-    def _post(self, incoming: Incoming, active: ActiveLink) -> None:
-        first = incoming.num_posted
-        end = min(incoming.num_ready, first + self._max_read_blocks)
-        group = incoming.group
-        local = tuple(incoming.blocks[first:end])
-        transfer = active.link.read(BlockRead(incoming.ticket, group.group, group.blocks[first:end], local))
-        incoming.connector = active.connector
-        incoming.num_posted = end
-        incoming.reads.append(PostedRead(first, local, transfer, active.peer.peer_id))
 
     def _arrive(self, incoming: Incoming) -> HandoffArrived:
         assert incoming.first_tokens is not None and not incoming.reads
@@ -299,7 +296,7 @@ class HandoffReader:
 
     def _break(self, incoming: Incoming, error: KvRelayError, *, is_refused: bool = False) -> HandoffBroken:
         del self._incoming[incoming.request_id]
-        num_blocks = min(incoming.num_verified, incoming.num_full_blocks)
+        num_blocks = min(incoming.num_usable, incoming.ticket.num_tokens // self._layout.block_tokens)
         num_tokens = num_blocks * self._layout.block_tokens
         self._drop(incoming, kept=num_blocks)
         self._give(incoming, num_blocks, num_tokens)
