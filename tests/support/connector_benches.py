@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from handoff_sides import ADDRESS, LAYOUT, SourceSide, make_memory, make_sequence, wait_until
@@ -21,6 +22,7 @@ from kvrelay_transfer.connectors.base import BlockRead, Connector, ConnectorOffe
 from kvrelay_transfer.connectors.grpc import GrpcConnector
 from kvrelay_transfer.connectors.memory import MemoryConnector, MemoryFabric
 from kvrelay_transfer.connectors.shm import ShmConnector
+from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.pool_memory import PoolMemory
 from kvrelay_transfer.staging import BlockStaging, slot_bytes_for
 from kvrelay_transfer.staging_slots import StagingSlots
@@ -29,16 +31,27 @@ from kvrelay_transfer.ticket import KvTicket
 NUM_TOKENS = 60  # 15 blocks
 
 
+@dataclass(frozen=True)
+class Shapes:
+    """Of the source's pool and the reader's; `memory` is the reader's, where several benches share it."""
+
+    source: KvLayout = LAYOUT
+    reader: KvLayout = LAYOUT
+    num_tokens: int = NUM_TOKENS
+    memory: PoolMemory | None = None
+
+
 class ConnectorBench(ABC):
-    """The source has one finished ticket of 15 blocks; the reader's pool is empty."""
+    """The source has one finished ticket, of 15 blocks if nothing is said; the reader's pool is empty."""
 
     deadline_s = 5.0
 
-    def __init__(self) -> None:
+    def __init__(self, shapes: Shapes) -> None:
         self.clock = ManualClock()
-        self.side = SourceSide(self.clock)
-        self.ticket: KvTicket = self.side.prefill(make_sequence(list(range(NUM_TOKENS))))
-        self.memory: PoolMemory = make_memory(40)
+        self.side = SourceSide(self.clock, layout=shapes.source)
+        tokens = list(range(shapes.num_tokens))
+        self.ticket: KvTicket = self.side.prefill(make_sequence(tokens, layout=shapes.source))
+        self.memory: PoolMemory = shapes.memory or make_memory(40, shapes.reader)
         self.connector: Connector = self.make_connector()
         self.offer: ConnectorOffer = self.make_offer()
         self.link: PeerLink = self.connector.connect(self.side.peer(self.offer), self.offer)
@@ -53,7 +66,7 @@ class ConnectorBench(ABC):
         return tuple(group.words[group.blocks.index(block)] for block in blocks)
 
     def peer(self, epoch: bytes) -> PeerInfo:
-        return PeerInfo(ADDRESS, epoch, self.side.identity.model_fingerprint, LAYOUT, (self.offer,))
+        return PeerInfo(ADDRESS, epoch, self.side.identity.model_fingerprint, self.side.layout, (self.offer,))
 
     def request(self, remote: tuple[int, ...], local: tuple[int, ...]) -> BlockRead:
         return BlockRead(self.ticket, 0, remote, local)
@@ -139,9 +152,9 @@ class GatedClock(ManualClock):
 
 
 class ShmBench(ConnectorBench):
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, shapes: Shapes) -> None:
         self._directory = directory
-        super().__init__()
+        super().__init__(shapes)
 
     def make_connector(self) -> Connector:
         self.gated = GatedClock()
@@ -234,7 +247,7 @@ class Pump:
 class GrpcBench(ConnectorBench):
     def make_connector(self) -> Connector:
         blocks_per_slot = 4
-        slot_bytes = slot_bytes_for(LAYOUT)
+        slot_bytes = slot_bytes_for(self.memory.layout)
         self.slots = StagingSlots.create(2, slot_bytes)
         self.staging = BlockStaging(self.memory, self.slots)
         self.pump = Pump(self.side, self.slots, blocks_per_slot)
@@ -270,12 +283,13 @@ class GrpcBench(ConnectorBench):
         self.slots.close()
 
 
-def make_bench(name: str, directory: Path) -> ConnectorBench:
+def make_bench(name: str, directory: Path, shapes: Shapes | None = None) -> ConnectorBench:
+    shapes = shapes or Shapes()
     match name:
         case "memory":
-            return MemoryBench()
+            return MemoryBench(shapes)
         case "shm":
-            return ShmBench(directory)
+            return ShmBench(directory, shapes)
         case "grpc":
-            return GrpcBench()
+            return GrpcBench(shapes)
     raise AssertionError(name)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
+import numpy as np
 from handoff_sides import ADDRESS, LAYOUT, MODEL, SourceSide, make_memory, make_sequence
+from split_kv import glue
 
 from kvrelay_core.clock import ManualClock
 from kvrelay_engine.block_pool import BlockPool
@@ -27,6 +28,7 @@ from kvrelay_engine.messages import (
 from kvrelay_engine.sequence import Sequence
 from kvrelay_transfer.connectors.base import Connector
 from kvrelay_transfer.connectors.memory import MemoryConnector, MemoryFabric, MemoryTransfer
+from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.ticket import KvTicket
 
 FOLLOW = 11
@@ -42,18 +44,22 @@ class HandoffPair:
         limits: ReaderLimits | None = None,
         connectors: Mapping[str, Connector] | None = None,
         is_connected: bool = True,
+        layout: KvLayout = LAYOUT,
+        source_layout: KvLayout = LAYOUT,
+        source_blocks: int = 32,
     ) -> None:
+        self.layout = layout
         self.clock = ManualClock()
         self.fabric = MemoryFabric()
-        self.side = SourceSide(self.clock)
+        self.side = SourceSide(self.clock, source_blocks, layout=source_layout)
         self.source_connector = MemoryConnector(self.fabric, self.side.memory, self.clock)
-        self.memory = make_memory(num_blocks)
+        self.memory = make_memory(num_blocks, layout)
         self.pool = BlockPool(num_blocks, self.memory.words)
         self.events: list[Event] = []
         self.room = num_blocks
         self.reader = HandoffReader(
             self.pool,
-            LAYOUT,
+            layout,
             connectors or {"memory": MemoryConnector(self.fabric, self.memory, self.clock)},
             self.clock,
             self.events.append,
@@ -96,7 +102,8 @@ class HandoffPair:
 
     def open(self, sequence: Sequence, ticket: KvTicket) -> Sequence:
         """The decode's own sequence of the same tokens; the ticket is followed."""
-        decode = make_sequence(sequence.tokens, sequence.request.id, len(sequence.request.generation.choices))
+        num_choices = len(sequence.request.generation.choices)
+        decode = make_sequence(sequence.tokens, sequence.request.id, num_choices, self.layout)
         self.reader.open(decode, ticket)
         self.side.source.handle(FollowAttach(FOLLOW, ticket))
         return decode
@@ -125,8 +132,10 @@ class HandoffPair:
         return transfer
 
     def holds_kv_of(self, sequence: Sequence, source_blocks: list[int] | tuple[int, ...]) -> bool:
-        ours = self.memory.block_rows[sequence.blocks]
-        return torch.equal(ours, self.side.memory.block_rows[list(source_blocks[: len(sequence.blocks)])])
+        """As many tokens as `sequence` has computed."""
+        ours = glue(self.memory.block_rows[sequence.blocks].numpy(), self.layout, sequence.num_computed)
+        rows = self.side.memory.block_rows[list(source_blocks)].numpy()
+        return np.array_equal(ours, glue(rows, self.side.layout, sequence.num_computed))
 
     def assert_all_free(self) -> None:
         self.pool.check_integrity()
@@ -136,7 +145,7 @@ class HandoffPair:
 
 def finished(pair: HandoffPair, tokens: list[int] = TOKENS) -> tuple[Sequence, KvTicket]:
     """A prefill that is over, followed by the reader, whose messages have arrived."""
-    sequence = make_sequence(tokens)
+    sequence = make_sequence(tokens, layout=pair.side.layout)
     ticket = pair.side.prefill(sequence)
     decode = pair.open(sequence, ticket)
     pair.carry()

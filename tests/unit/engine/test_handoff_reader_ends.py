@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from handoff_pair import TOKENS, HandoffPair, finished
-from handoff_sides import ADDRESS, make_sequence
+from handoff_sides import ADDRESS, LAYOUT, make_sequence
 from msgspec.structs import replace
 
 from kvrelay_core.errors import (
@@ -17,7 +19,7 @@ from kvrelay_engine.messages import (
     PeerFailed,
     ReleaseReason,
 )
-from kvrelay_transfer.connectors.base import ConnectorOffer
+from kvrelay_transfer.connectors.base import Connector, ConnectorOffer
 from kvrelay_transfer.connectors.memory import MemoryConnector
 
 
@@ -121,8 +123,41 @@ def test_the_next_connector_is_tried_when_one_cannot_connect() -> None:
     assert isinstance(failed, PeerFailed) and "unreachable: not from here" in failed.error.message
 
 
-def test_a_peer_of_another_layout_is_refused_at_connect(pair: HandoffPair) -> None:
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [({"dtype": "bfloat16"}, "has bfloat16, this pool float32.*same --dtype"), ({"head_dim": 16}, "same model")],
+)
+def test_a_peer_with_other_content_is_refused_at_connect(
+    pair: HandoffPair, changes: dict[str, object], advice: str
+) -> None:
     peer = pair.side.peer(pair.source_connector.offer())
-    pair.reader.handle(ConnectPeer(replace(peer, peer_id="other:1", layout=replace(peer.layout, block_tokens=8))))
+    pair.reader.handle(ConnectPeer(replace(peer, peer_id="other:1", layout=replace(peer.layout, **changes))))
     (failed,) = pair.take_events()
     assert isinstance(failed, PeerFailed) and failed.error.reason == "MismatchError"
+    assert re.search(advice, failed.error.message)
+
+
+class WholeBlocks(MemoryConnector):
+    name = "whole"
+    can_slice = False
+
+
+@pytest.mark.parametrize("has_other", [True, False])
+def test_a_connector_that_cannot_slice_is_passed_over_for_a_peer_with_other_blocks(has_other: bool) -> None:
+    pair = HandoffPair(is_connected=False)
+    connectors: dict[str, Connector] = {"whole": WholeBlocks(pair.fabric, pair.memory, pair.clock)}
+    if has_other:
+        connectors["memory"] = MemoryConnector(pair.fabric, pair.memory, pair.clock)
+    larger = replace(LAYOUT, block_tokens=16)
+    reader = HandoffPair(connectors=connectors, source_layout=larger, is_connected=False)
+    source = MemoryConnector(pair.fabric, reader.side.memory, pair.clock).offer()
+    offers = tuple(ConnectorOffer(name, source.endpoint) for name in connectors)
+    reader.reader.handle(ConnectPeer(reader.side.peer(*offers)))
+    reader.reader.poll()
+    (event,) = reader.take_events()
+    if has_other:
+        assert event == PeerConnected(ADDRESS, "memory", 0.0)
+        return
+    assert isinstance(event, PeerFailed) and event.error.reason == "TransferError"
+    assert "whole: moves whole blocks only" in event.error.message
+    assert "the source have 16 tokens of 2 KV heads, ours 4 of 2: use one --block-tokens" in event.error.message
