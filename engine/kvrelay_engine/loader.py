@@ -70,7 +70,8 @@ def load_model(model: str, dtype: str, device: str, *, max_model_len: int | None
         weights = architecture.read_weights(reader, config)
         reader.check_complete()
         decoder = architecture.build(config, weights)
-        weight_bytes = reader.size_bytes + config.max_model_len * config.head_dim * 4  # and the table of RoPE
+        rope_bytes = config.max_model_len * config.head_dim * 4
+        weight_bytes = reader.size_bytes + decoder.copied_bytes + rope_bytes
     fingerprint = _fingerprint(reader.files, config, dtype)
     return LoadedModel(config, decoder, dtype, torch_device, fingerprint, weight_bytes)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from checkpoints import LINEAR_SCALING, LLAMA3_SCALING, YARN_SCALING
 
 from kvrelay_engine.config_fields import ConfigFields
-from kvrelay_engine.models.layers.linear import PackedLinear, PlainLinear, column_major, make_linear
+from kvrelay_engine.models.layers.linear import PackedLinear, PlainLinear, TiedLinear, column_major, make_linear
 from kvrelay_engine.models.layers.rope import rope_table
 from kvrelay_engine.rope_config import read_rope
 
@@ -68,6 +68,22 @@ def test_packed_projection(num_rows: int, has_bias: bool) -> None:
 def test_only_float32_is_packed() -> None:
     assert isinstance(make_linear(torch.zeros(8, 8), None), PackedLinear)
     assert isinstance(make_linear(torch.zeros(8, 8, dtype=torch.bfloat16), None), PlainLinear)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 8, 65])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tied_projection_and_its_rows(num_rows: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight_OI = torch.randn(96, 80, generator=generator).to(dtype)
+    x_NI = torch.randn(num_rows, 80, generator=generator).to(dtype)
+    with torch.inference_mode():
+        tied = TiedLinear(weight_OI)
+        y_NO = tied(x_NI)
+    assert torch.equal(tied.rows_OI, weight_OI)
+    assert tied.copied_bytes == (96 * 80 * 4 if dtype is torch.float32 else 0), "bfloat16 is held once"
+    expected_NO = F.linear(x_NI.double(), weight_OI.double())
+    error = 1e-5 if dtype is torch.float32 else 2e-2
+    torch.testing.assert_close(y_NO.double(), expected_NO, rtol=error, atol=error)
 
 
 def test_column_major_is_the_same_matrix() -> None:

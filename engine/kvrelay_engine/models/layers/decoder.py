@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvrelay_engine.model_config import ModelConfig
 from kvrelay_engine.models.layers.attention import Attention, AttentionWeights
-from kvrelay_engine.models.layers.linear import Linear, PlainLinear, column_major, make_linear
+from kvrelay_engine.models.layers.linear import Linear, TiedLinear, make_linear
 from kvrelay_engine.models.layers.mlp import GatedMlp, MlpWeights
 from kvrelay_engine.models.layers.rope import rope_table
 from kvrelay_engine.models.layers.step import ModelStep
@@ -63,11 +63,14 @@ class Decoder:
         ]
         self._embedding_VE = weights.embedding_VE
         self._project_output: Linear
+        self.copied_bytes = 0  # of weights that are held twice
         if weights.output_VE is not None:
             self._project_output = make_linear(weights.output_VE, None)
         else:
-            self._embedding_VE = column_major(weights.embedding_VE)
-            self._project_output = PlainLinear(self._embedding_VE)
+            tied = TiedLinear(weights.embedding_VE)
+            self._project_output = tied
+            self._embedding_VE = tied.rows_OI
+            self.copied_bytes = tied.copied_bytes
 
     def __call__(self, step: ModelStep, layer_pools: Sequence[Tensor]) -> Tensor:
         """Logits [R, V] in the model's dtype. `layer_pools[i]` is layer i's part of the pool."""
