@@ -62,12 +62,18 @@ def plan_roles(
             words = (
                 *("--worker-id", name, "--host", WORKER_HOST, "--grpc-port", address.rpartition(":")[2]),
                 *("--run-dir", str(run_dir / name)),
-                *(("--peers", ",".join(prefill)) if role == "decode" and prefill else ()),
+                *_peers(role, address, prefill, decode),
                 *(("--device-index", str(devices[index % len(devices)])) if devices else ()),
                 *_passed_on(args, (*SHARED_FLAGS, *WORKER_FLAGS)),
             )
             specs.append(RoleSpec(role, index, (*executable, "serve", role, *words)))
     return specs
+
+
+def _peers(role: str, address: str, prefill: list[str], decode: list[str]) -> tuple[str, ...]:
+    """Decode reads hand-offs of prefill; and everybody what a decode worker has of a conversation's last turn."""
+    sources = [source for source in (*(prefill if role == "decode" else ()), *decode) if source != address]
+    return ("--peers", ",".join(sources)) if sources else ()
 
 
 def threads_per_worker(num_workers: int) -> int:

@@ -89,6 +89,13 @@ class Generation(Struct, frozen=True, kw_only=True):
         return self.prompt + self.choices[0].committed
 
 
+class PrefixHint(Struct, frozen=True, array_like=True):
+    """A worker that probably holds the KV of the first `num_tokens` tokens of a request's input."""
+
+    source_address: str
+    num_tokens: int
+
+
 class TokenLogprobs(Struct, frozen=True, array_like=True):
     logprob: float
     top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first

@@ -24,7 +24,7 @@ from kvrelay_core.errors import (
     SupersededError,
     UnavailableError,
 )
-from kvrelay_core.request import AttemptId, ChoiceState, Generation
+from kvrelay_core.request import AttemptId, ChoiceState, Generation, PrefixHint
 from kvrelay_core.rpc.status import error_to_detail
 from kvrelay_core.rpc.wire import finish_reason_to_wire, handoff_timing_to_wire
 from kvrelay_decode.follow import HandoffFollow
@@ -92,7 +92,13 @@ class DecodeRequests:
     # --------------------------------------------------------------------------------- what routers ask
 
     def open(
-        self, attempt: AttemptId, generation: Generation, ticket: KvTicket | None, receiver: Receiver, handle: int
+        self,
+        attempt: AttemptId,
+        generation: Generation,
+        ticket: KvTicket | None,
+        receiver: Receiver,
+        handle: int,
+        hint: PrefixHint | None = None,
     ) -> None:
         """Starts the attempt, or re-attaches to it: then the receiver gets everything again.
 
@@ -107,7 +113,7 @@ class DecodeRequests:
             self._peers.check_allowed(ticket.source_address)
         choices = {choice.index for choice in generation.choices}
         request = DecodeRequest(next(self._worker.request_ids), attempt, receiver, handle, choices)
-        self._worker.engine.send(messages.Decode(request.id, attempt, generation, ticket))
+        self._worker.engine.send(messages.Decode(request.id, attempt, generation, ticket, hint))
         superseded = self._attempts.begin(attempt, request)
         self._by_id[request.id] = request
         self._by_handle[receiver, handle] = request

@@ -10,7 +10,7 @@ from kvrelay.v1 import decode_pb2_grpc
 from kvrelay_core.errors import DeadlineError, InvalidRequestError, KvRelayError, SupersededError
 from kvrelay_core.request import AttemptId
 from kvrelay_core.rpc.status import error_to_detail
-from kvrelay_core.rpc.wire import attempt_from_wire, choice_state_from_wire, generation_from_wire
+from kvrelay_core.rpc.wire import attempt_from_wire, choice_state_from_wire, generation_from_wire, prefix_hint_from_wire
 from kvrelay_decode.requests import DecodeRequests, Receiver
 from kvrelay_worker.outbox import Outbox
 from kvrelay_worker.sessions import Session, SessionBook
@@ -184,7 +184,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         if self._requests.attempt_of(receiver, handle) not in (None, attempt):
             raise SupersededError(f"handle {handle} is in use for another request; choose a new one")
         ticket = ticket_from_wire(start.ticket) if start.HasField("ticket") else None
-        self._requests.open(attempt, generation_from_wire(start.generation), ticket, receiver, handle)
+        hint = prefix_hint_from_wire(start.hint) if start.HasField("hint") else None
+        self._requests.open(attempt, generation_from_wire(start.generation), ticket, receiver, handle, hint)
 
     def _resume(self, resume: pb.DecodeResume, receiver: Receiver, handle: int) -> None:
         attempt: AttemptId = attempt_from_wire(resume.attempt)

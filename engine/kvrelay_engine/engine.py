@@ -35,10 +35,12 @@ from kvrelay_engine.deadlines import Deadlines
 from kvrelay_engine.engine_load import EngineLoad
 from kvrelay_engine.engine_parts import EngineParts
 from kvrelay_engine.failed_steps import FailedSteps
-from kvrelay_engine.handoff_reader import HandoffArrived, HandoffBroken, HandoffReader, ReaderLimits
+from kvrelay_engine.handoff_reader import HandoffArrived, HandoffBroken
 from kvrelay_engine.handoff_source import HandoffSource
 from kvrelay_engine.intake import EngineLimits, Intake
 from kvrelay_engine.prefix_cache import PrefixCache
+from kvrelay_engine.prefix_messages import LookupPrefix
+from kvrelay_engine.remote_kv import PullEnded, RemoteKv
 from kvrelay_engine.sampler import SampledToken, Sampler
 from kvrelay_engine.sampling_plan import Drawn, plan_draws
 from kvrelay_engine.scheduler import Batch, Scheduler
@@ -69,13 +71,9 @@ class Engine:
         )  # fmt: skip
         self.scheduler = Scheduler(
             config, parts.pool, parts.layout, self._cache, self._throughput, parts.clock, self.source.can_accept,
-            self._give_up_handoff, lambda: self.reader.num_quarantined,
+            self._give_up_handoff, lambda: self.remote_kv.num_quarantined,
         )  # fmt: skip
-        self.reader = HandoffReader(
-            parts.pool, parts.layout, parts.connectors, parts.clock, parts.emit, self.scheduler.reserve_remote,
-            model_fingerprint=parts.identity.model_fingerprint,
-            limits=ReaderLimits(reserve_budget_s=config.reserve_budget_s),
-        )  # fmt: skip
+        self.remote_kv = RemoteKv(config, parts, self._cache, self._throughput, self.scheduler)
         limits = EngineLimits.of(config, parts, self.source.max_pinned_blocks)
         self.max_model_len = limits.max_model_len
         self._intake = Intake(limits, parts.layout, self._cache)
@@ -85,14 +83,14 @@ class Engine:
         self._num_steps = 0
         self._failed_steps = FailedSteps()
         self._is_draining = False
-        self.load = EngineLoad(parts.pool, self.scheduler, self.source, self.reader)
+        self.load = EngineLoad(parts.pool, self.scheduler, self.source, self.remote_kv)
 
     # ----------------------------------------------------------------------------------------- the loop
 
     def step(self) -> bool:
         """One turn; True if it computed something. Never blocks on anything but the device."""
         self.source.tick()
-        self._advance_handoffs()
+        self._advance_remote_kv()
         self._expire()
         batch = self.scheduler.schedule()
         self._announce(batch)
@@ -166,11 +164,11 @@ class Engine:
                 self.close()
             case (
                 messages.FollowAttach() | messages.FollowBeat() | messages.FollowLost() | messages.FollowRelease()
-                | messages.ReleaseTicket() | messages.PrefillStreamClosed() | messages.Export()
+                | messages.ReleaseTicket() | messages.PrefillStreamClosed() | messages.Export() | LookupPrefix()
             ):  # fmt: skip
                 self.source.handle(command)
             case _:
-                self.reader.handle(command)
+                self.remote_kv.handle(command)
 
     def _start(self, command: messages.Prefill | messages.Decode) -> None:
         if command.id in self._requests:
@@ -180,8 +178,7 @@ class Engine:
             if self._is_draining:
                 raise DrainingError("the worker is draining; place the request elsewhere")
             request = self._intake.build(command, self._clock.now())
-            if isinstance(command, messages.Decode) and command.ticket is not None:
-                self.reader.open(request.trunk, command.ticket)
+            if self.remote_kv.begin(request, command):
                 self.scheduler.add_remote(request.trunk)
             else:
                 self._queue(request)
@@ -219,7 +216,7 @@ class Engine:
         if request is None or request.trunk.state is not SequenceState.WAITING_REMOTE_KV:
             return  # it crossed with the request's end
         self._lost.pop(request.id, None)
-        self.reader.abort(request.id)
+        self.remote_kv.abort(request.id)
         self.scheduler.remove(request.trunk)
         choices = tuple(choice for choice in command.choices if choice.index not in request.unwanted)
         request.generation = replace(request.generation, choices=choices)
@@ -233,7 +230,7 @@ class Engine:
 
     def beat(self) -> None:
         """Tells the service that the loop is alive, what it holds and how far its hand-offs are."""
-        self._emit(messages.Beat(self.load.report(self._num_steps), self.reader.pulled_blocks()))
+        self._emit(messages.Beat(self.load.report(self._num_steps), self.remote_kv.reader.pulled_blocks()))
 
     @property
     def has_requests(self) -> bool:
@@ -242,13 +239,13 @@ class Engine:
     @property
     def is_idle(self) -> bool:
         """No request, lease or transfer: every block is free."""
-        return not self._requests and not self.source.num_leases and not self.reader.num_transfers
+        return not (self._requests or self.source.num_leases or self.remote_kv.num_transfers)
 
     def close(self) -> None:
         """Ends every request and hand-off without a word to anybody."""
         for request in list(self._requests.values()):
             self._end(request, DrainingError("the worker shuts down"))
-        self.reader.close()
+        self.remote_kv.close()
 
     # ---------------------------------------------------------------------------------- prefill's outcome
 
@@ -320,14 +317,15 @@ class Engine:
 
     # ----------------------------------------------------------------------------------------- hand-offs
 
-    def _advance_handoffs(self) -> None:
-        for outcome in self.reader.poll():
-            request = self._requests[outcome.request_id]
+    def _advance_remote_kv(self) -> None:
+        for outcome in self.remote_kv.poll():
             match outcome:
-                case HandoffArrived():
-                    self._arrive(request, outcome)
-                case HandoffBroken():
-                    self._lose(request, outcome)
+                case HandoffArrived(request_id):
+                    self._arrive(self._requests[request_id], outcome)
+                case HandoffBroken(request_id):
+                    self._lose(self._requests[request_id], outcome)
+                case PullEnded(sequence):
+                    self._queue(sequence.request)
 
     def _arrive(self, request: EngineRequest, arrived: HandoffArrived) -> None:
         try:
@@ -339,7 +337,7 @@ class Engine:
         self._branch(request, tokens)
 
     def _give_up_handoff(self, sequence: Sequence) -> None:
-        self.reader.abort(sequence.request.id, messages.ReleaseReason.REFUSED)
+        self.remote_kv.abort(sequence.request.id, messages.ReleaseReason.REFUSED)
 
     def _lose(self, request: EngineRequest, broken: HandoffBroken) -> None:
         """A refused ticket goes back to the router; of any other loss the router decides (PROTOCOL C3)."""
@@ -387,7 +385,7 @@ class Engine:
 
     def _end(self, request: EngineRequest, error: KvRelayError) -> None:
         """Before its natural end: whoever reads from us or sends to us is told."""
-        self.reader.abort(request.id)
+        self.remote_kv.abort(request.id)
         self._forget(request)
         if request.handoff:
             self.source.failed(request.id, error)

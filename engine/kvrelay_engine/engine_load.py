@@ -8,18 +8,18 @@ from kvrelay_core.error_info import info_of
 from kvrelay_core.errors import InternalError
 from kvrelay_core.request import ErrorInfo
 from kvrelay_engine.block_pool import BlockPool
-from kvrelay_engine.handoff_reader import HandoffReader
 from kvrelay_engine.handoff_source import HandoffSource
 from kvrelay_engine.messages import Load, LoadReply
+from kvrelay_engine.remote_kv import RemoteKv
 from kvrelay_engine.scheduler import Scheduler
 
 
 class EngineLoad:
-    def __init__(self, pool: BlockPool, scheduler: Scheduler, source: HandoffSource, reader: HandoffReader) -> None:
+    def __init__(self, pool: BlockPool, scheduler: Scheduler, source: HandoffSource, remote_kv: RemoteKv) -> None:
         self._pool = pool
         self._scheduler = scheduler
         self._source = source
-        self._reader = reader
+        self._remote_kv = remote_kv
 
     def report(self, num_steps: int) -> Load:
         scheduler = self._scheduler
@@ -32,13 +32,14 @@ class EngineLoad:
             blocks_in_use=self._pool.num_in_use,
             blocks_cached=self._pool.num_cached,
             blocks_pinned=self._source.num_pinned,
-            blocks_quarantined=self._reader.num_quarantined,
+            blocks_quarantined=self._remote_kv.num_quarantined,
             leases=self._source.num_leases,
-            transfers=self._reader.num_transfers,
+            transfers=self._remote_kv.num_transfers,
             steps=num_steps,
-            handoff_bytes=self._reader.handoff_bytes,
-            handoff_s=self._reader.handoff_s,
-            stale_reads=self._reader.stale_reads,
+            handoff_bytes=self._remote_kv.reader.handoff_bytes,
+            handoff_s=self._remote_kv.reader.handoff_s,
+            stale_reads=self._remote_kv.stale_reads,
+            prefix_blocks_pulled=self._remote_kv.pulls.num_pulled_blocks,
             expired_leases=self._source.num_expired,
         )
 
@@ -61,5 +62,5 @@ class EngineLoad:
         held = Counter(block for sequence in scheduler.running for block in sequence.blocks)
         for block, count in held.items():
             assert self._pool.references(block) >= count, f"block {block} is used by {count} sequences, held by fewer"
-        if not scheduler.remote and not self._source.num_leases and not self._reader.num_transfers:
+        if not scheduler.remote and not self._source.num_leases and not self._remote_kv.num_transfers:
             assert self._pool.num_in_use == len(held), f"{self._pool.num_in_use - len(held)} KV blocks leaked"

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from kvrelay_core.clock import Clock
 from kvrelay_engine.block_pool import BlockPool
-from kvrelay_engine.handoff_source import EngineIdentity, SlotWriter
+from kvrelay_engine.engine_identity import EngineIdentity
+from kvrelay_engine.handoff_source import SlotWriter
 from kvrelay_engine.messages import Event
 from kvrelay_engine.runner import Runner
 from kvrelay_transfer.connectors.base import Connector

@@ -107,7 +107,7 @@ class HandoffReader:
         self._emit = emit
         self._reserve = reserve
         self._limits = limits or ReaderLimits()
-        self._peers = PeerLinks(layout, connectors, emit)
+        self.peers = PeerLinks(layout, connectors, emit)
         self._quarantine = Quarantine(int(self._limits.max_quarantined_share * pool.num_blocks))
         self._incoming: dict[int, Incoming] = {}
         grpc = connectors.get(GrpcConnector.name)
@@ -132,7 +132,7 @@ class HandoffReader:
     def is_busy(self) -> bool:
         """Something progresses by itself: poll often. Otherwise poll at least every 100 ms for the budgets."""
         has_failure = any(incoming.failure is not None for incoming in self._incoming.values())
-        return self.num_transfers > 0 or self._peers.is_probing or has_failure
+        return self.num_transfers > 0 or self.peers.is_probing or has_failure
 
     def pulled_blocks(self) -> dict[int, int]:
         """Per request id of a hand-off in progress, in blocks of its source; for the engine's Beat."""
@@ -155,9 +155,9 @@ class HandoffReader:
         """Messages for requests or reads that are over are ignored: they crossed with the end."""
         match command:
             case ConnectPeer(peer):
-                self._peers.connect(peer)
+                self.peers.connect(peer)
             case DisconnectPeer(peer_id):
-                self._peers.disconnect(peer_id)
+                self.peers.disconnect(peer_id)
             case FetchedPiece(read, first, slot, words):
                 self._fetches.deliver(read, first, slot, words)
             case FetchEnded(read, error):
@@ -177,7 +177,7 @@ class HandoffReader:
 
     def poll(self) -> list[HandoffArrived | HandoffBroken]:
         """Never blocks. Call once a step, and often while `is_busy`."""
-        self._peers.poll()
+        self.peers.poll()
         self._collect_quarantine()
         ended = [self._advance_or_break(incoming) for incoming in list(self._incoming.values())]
         return [end for end in ended if end is not None]
@@ -186,7 +186,7 @@ class HandoffReader:
         """Ends every hand-off and link. The pool is of no use afterwards."""
         for request_id in list(self._incoming):
             self.abort(request_id)
-        self._peers.close()
+        self.peers.close()
 
     # ----------------------------------------------------------------------------------- one hand-off's way
 
@@ -268,7 +268,7 @@ class HandoffReader:
             if end == incoming.num_posted:
                 break  # our next block is not covered yet
             peer_id = incoming.ticket.source_address
-            active = self._peers.find(peer_id, incoming.ticket.engine_epoch)
+            active = self.peers.find(peer_id, incoming.ticket.engine_epoch)
             if active is None:
                 if self._has_waited(incoming, self._limits.connect_budget_s):
                     raise TransferError(f"{peer_id} was not connected in time to pull from it", peer_id=peer_id)
@@ -335,5 +335,5 @@ class HandoffReader:
     def _collect_quarantine(self) -> None:
         self._pool.release(self._quarantine.collect())
         for peer_id in self._quarantine.peers_over_cap():
-            self._peers.tear_down(peer_id, TransferError(f"too many reads from {peer_id} were given up unfinished"))
+            self.peers.tear_down(peer_id, TransferError(f"too many reads from {peer_id} were given up unfinished"))
             self._pool.release(self._quarantine.collect())

@@ -18,7 +18,6 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Protocol
 
-from msgspec import Struct
 from msgspec.structs import replace
 
 from kvrelay_core.clock import Clock
@@ -33,6 +32,7 @@ from kvrelay_core.errors import (
 )
 from kvrelay_core.request import FirstToken
 from kvrelay_engine.block_pool import BlockPool
+from kvrelay_engine.engine_identity import EngineIdentity
 from kvrelay_engine.messages import (
     Command,
     Event,
@@ -51,6 +51,8 @@ from kvrelay_engine.messages import (
     ReleaseReason,
     ReleaseTicket,
 )
+from kvrelay_engine.prefix_exports import PrefixExports
+from kvrelay_engine.prefix_messages import LookupPrefix, PrefixTicket
 from kvrelay_engine.sequence import Sequence
 from kvrelay_transfer.connectors.base import Connector
 from kvrelay_transfer.layout import KvLayout
@@ -59,15 +61,6 @@ from kvrelay_transfer.ticket import GroupBlocks, KvTicket, LeaseTerms, TicketSig
 
 # The slowest connector that a pull is given time for (PROTOCOL B5).
 SLOWEST_PULL_BYTES_PER_S = 0.2e9
-
-
-class EngineIdentity(Struct, frozen=True):
-    """Who issues the tickets. `address` is where readers reach this worker's KvSourceService."""
-
-    worker_id: str
-    address: str
-    engine_epoch: bytes
-    model_fingerprint: bytes
 
 
 class SlotWriter(Protocol):
@@ -133,6 +126,7 @@ class HandoffSource:
         self._staging = staging
         self._connectors = connectors
         self._is_serving = False
+        self._exports = PrefixExports(pool, layout, identity, signer, clock)
         self._leases = LeaseTable(clock, self._lease_ended)
         self._by_ticket: dict[str, _Handoff] = {}
         self._by_request: dict[int, _Handoff] = {}
@@ -222,6 +216,7 @@ class HandoffSource:
     def tick(self) -> None:
         """Ends leases whose time is over. Call after the commands that have queued up were handled."""
         self._leases.tick()
+        self._serve()
 
     # ---------------------------------------------------------------------------- what the service sends
 
@@ -243,6 +238,9 @@ class HandoffSource:
                 self._close_stream(request_id)
             case Export():
                 self._export(command)
+            case LookupPrefix(call, attempt, unit_hashes):
+                self._emit(PrefixTicket(call, self._exports.lookup(attempt, unit_hashes)))
+                self._serve()
             case _:
                 raise InternalError(f"the hand-off source was given a {type(command).__name__}")
 
@@ -286,6 +284,9 @@ class HandoffSource:
     def check_export(self, ticket: KvTicket, group: int, blocks: SequenceOf[int]) -> None:
         """As `ExportGate` says. Another thread may see a state that is a moment old; the words make up for that."""
         self._signer.verify(ticket)
+        if not ticket.is_pinned:
+            self._exports.check(ticket, group, blocks)
+            return
         handoff = self._by_ticket.get(ticket.ticket_id)
         if handoff is None:
             raise LeaseExpiredError("the lease of the ticket has ended; prefill again")
@@ -306,7 +307,7 @@ class HandoffSource:
     # ------------------------------------------------------------------------------------------ internal
 
     def _serve(self) -> None:
-        is_wanted = self._leases.num_leases > 0
+        is_wanted = self._leases.num_leases > 0 or self._exports.is_awaiting
         if is_wanted is not self._is_serving:
             self._is_serving = is_wanted
             for connector in self._connectors:

@@ -43,7 +43,7 @@ class EngineLoop:
     def _wait_s(self) -> float:
         if self._has_computed:
             return 0.0
-        if self._engine.reader.is_busy:
+        if self._engine.remote_kv.is_busy:
             return TRANSFER_POLL_S
         if self._engine.scheduler.has_work:
             return ROOM_POLL_S

@@ -19,9 +19,13 @@ from kvrelay_core.request import (
     FirstToken,
     Generation,
     HandoffTiming,
+    PrefixHint,
     TokenLogprobs,
     Usage,
 )
+from kvrelay_engine.message_kinds import Command as Command
+from kvrelay_engine.message_kinds import Event as Event
+from kvrelay_engine.prefix_messages import LookupPrefix, PrefixFound, PrefixTicket, PrefixWanted
 from kvrelay_transfer.connectors.base import ConnectorOffer, PeerInfo
 from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.ticket import GroupBlocks, KvTicket, LeaseTerms
@@ -37,10 +41,6 @@ class ReleaseReason(StrEnum):
 # ------------------------------------------------------------------------------------------- commands
 
 
-class Command(Struct, frozen=True, tag=True):
-    pass
-
-
 class Prefill(Command, frozen=True):
     """Compute the prompt's KV and sample position `len(committed)` of each choice."""
 
@@ -48,15 +48,17 @@ class Prefill(Command, frozen=True):
     attempt: AttemptId
     generation: Generation
     handoff: bool  # False: no ticket, the KV stays only as prefix cache
+    hint: PrefixHint | None = None  # where the beginning may be pulled from
 
 
 class Decode(Command, frozen=True):
-    """Generate. With a ticket: pull its KV first (WAITING_REMOTE_KV); without: compute everything here."""
+    """Generate. With a ticket: pull its KV first (WAITING_REMOTE_KV); without: compute here what the hint lacks."""
 
     id: int
     attempt: AttemptId
     generation: Generation
     ticket: KvTicket | None = None
+    hint: PrefixHint | None = None  # only without a ticket
 
 
 class Abort(Command, frozen=True):
@@ -180,14 +182,10 @@ class Shutdown(Command, frozen=True):
 EngineCommand = (
     Prefill | Decode | Abort | Resume | HandoffReady | HandoffComplete | HandoffFailed | FollowAttach | FollowBeat
     | FollowLost | FollowRelease | ReleaseTicket | PrefillStreamClosed | ConnectPeer | DisconnectPeer | Export
-    | FetchedPiece | FetchEnded | GetLoad | Drain | Shutdown
+    | FetchedPiece | FetchEnded | LookupPrefix | PrefixFound | GetLoad | Drain | Shutdown
 )  # fmt: skip
 
 # --------------------------------------------------------------------------------------------- events
-
-
-class Event(Struct, frozen=True, tag=True):
-    pass
 
 
 class Load(Struct, frozen=True, kw_only=True):
@@ -209,6 +207,7 @@ class Load(Struct, frozen=True, kw_only=True):
     handoff_s: float = 0.0
     stale_reads: int = 0
     expired_leases: int = 0
+    prefix_blocks_pulled: int = 0
 
 
 class Started(Event, frozen=True):
@@ -393,6 +392,6 @@ class LoadReply(Event, frozen=True):
 EngineEvent = (
     Started | StartFailed | Queued | Accepted | PrefillFinished | RequestFailed | HandoffDone | HandoffLost
     | HandedBack | HandoffRelease | StepTokens | ChoiceFinished | FollowAttached | FollowReady | FollowComplete
-    | FollowFailed | Released | PeerConnected | PeerFailed | Fetch | FetchAbort | Exported | SlotFree | Beat
-    | LoadReply
+    | FollowFailed | Released | PeerConnected | PeerFailed | Fetch | FetchAbort | Exported | PrefixTicket
+    | PrefixWanted | SlotFree | Beat | LoadReply
 )  # fmt: skip

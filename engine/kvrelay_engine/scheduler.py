@@ -104,6 +104,7 @@ class Scheduler:
     # ------------------------------------------------------------------------------ between the states
 
     def add(self, sequence: Sequence) -> None:
+        self._leave(sequence)
         sequence.state = SequenceState.WAITING
         self.waiting[sequence] = None
 
@@ -232,6 +233,11 @@ class Scheduler:
             return None
         self._seated.add(sequence)
         return self._pool.reserve(num_blocks)
+
+    def reserve_spare(self, num_blocks: int) -> list[int] | None:
+        """Blocks that nobody is short of, for KV that may be of use; None when there are not so many."""
+        is_short = self.waiting or num_blocks + self._watermark() > self._pool.num_free
+        return None if is_short else self._pool.reserve(num_blocks)
 
     def _is_overtaking(self, sequence: Sequence) -> bool:
         urgency = self._urgency(sequence)

@@ -18,9 +18,9 @@ from kvrelay_core.clock import Clock
 from kvrelay_engine.block_pool import BlockPool
 from kvrelay_engine.config import EngineConfig
 from kvrelay_engine.engine import Engine
+from kvrelay_engine.engine_identity import EngineIdentity
 from kvrelay_engine.engine_parts import EngineParts
 from kvrelay_engine.handoff_fetches import EmittedFetches
-from kvrelay_engine.handoff_source import EngineIdentity
 from kvrelay_engine.loader import LoadedModel, load_model
 from kvrelay_engine.messages import Event, Started
 from kvrelay_engine.model_runner import ModelRunner

@@ -49,6 +49,7 @@ class KvTicket(Struct, frozen=True, array_like=True):
     unit_hashes: bytes  # of the full hash units and of the rest behind them, 32 bytes each
     lease: LeaseTerms
     mac: bytes = b""
+    is_pinned: bool = True  # False: an export for reuse, which lives by the fence alone (PROTOCOL B1)
 
     def canonical_bytes(self) -> bytes:
         """What the signature covers: every field but the signature."""

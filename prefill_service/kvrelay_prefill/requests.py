@@ -16,7 +16,7 @@ from typing import Protocol
 from kvrelay.v1 import prefill_pb2 as pb
 from kvrelay.v1.common_pb2 import ErrorDetail
 from kvrelay_core.errors import KvRelayError, SupersededError
-from kvrelay_core.request import AttemptId, Generation
+from kvrelay_core.request import AttemptId, Generation, PrefixHint
 from kvrelay_core.rpc.status import error_to_detail
 from kvrelay_core.rpc.wire import first_token_to_wire, usage_to_wire
 from kvrelay_engine import messages
@@ -72,7 +72,13 @@ class PrefillRequests:
     # --------------------------------------------------------------------------------- what routers ask
 
     def open(
-        self, attempt: AttemptId, generation: Generation, handoff: bool, receiver: Receiver, handle: int
+        self,
+        attempt: AttemptId,
+        generation: Generation,
+        handoff: bool,
+        receiver: Receiver,
+        handle: int,
+        hint: PrefixHint | None = None,
     ) -> PrefillRequest:
         """Starts the attempt, or re-attaches to it: then the receiver gets everything told so far again.
 
@@ -89,7 +95,7 @@ class PrefillRequests:
         self._worker.check_accepting()
         lease = LeaseWatch(self._worker.clock)
         request = PrefillRequest(next(self._worker.request_ids), attempt, receiver, handle, lease)
-        self._worker.engine.send(messages.Prefill(request.id, attempt, generation, handoff))
+        self._worker.engine.send(messages.Prefill(request.id, attempt, generation, handoff, hint))
         superseded = self._attempts.begin(attempt, request)
         self._by_id[request.id] = request
         self._by_handle[receiver, handle] = request

@@ -1,4 +1,5 @@
-"""Puts the prefill service together: its requests, the KV source for readers, and what links the two."""
+"""Puts the prefill service together: its requests, the KV source for readers, what links the two, and the workers
+that it pulls the beginnings of prompts from."""
 
 from __future__ import annotations
 
@@ -7,7 +8,10 @@ from kvrelay_core.errors import KvRelayError
 from kvrelay_core.rpc.server import RpcServer
 from kvrelay_prefill.requests import PrefillRequests
 from kvrelay_prefill.servicer import PrefillServicer
+from kvrelay_worker.fetch_client import FetchClient
 from kvrelay_worker.kv_source import KvSourceServicer
+from kvrelay_worker.peers import PeerBook
+from kvrelay_worker.prefix_lookups import PrefixLookups
 from kvrelay_worker.server import Role
 from kvrelay_worker.worker import Worker
 
@@ -19,6 +23,9 @@ class PrefillRole(Role):
         self.requests = PrefillRequests(worker)
         self.kv_source = KvSourceServicer(worker, self.requests)
         self.servicer = PrefillServicer(worker, self.requests)
+        self.peers = PeerBook(worker)
+        self.fetches = FetchClient(worker, self.peers)
+        self.lookups = PrefixLookups(worker, self.peers)
 
     def add_to(self, server: RpcServer) -> None:
         prefill_pb2_grpc.add_PrefillServiceServicer_to_server(self.servicer, server.server)
@@ -30,4 +37,4 @@ class PrefillRole(Role):
         self.servicer.end_all(error)
 
     async def close(self) -> None:
-        """Everything it has is the worker's tasks."""
+        await self.peers.close()

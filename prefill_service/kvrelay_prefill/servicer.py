@@ -9,7 +9,7 @@ from kvrelay.v1 import prefill_pb2_grpc
 from kvrelay_core.errors import InvalidRequestError, KvRelayError, SupersededError
 from kvrelay_core.request import AttemptId
 from kvrelay_core.rpc.status import error_to_detail
-from kvrelay_core.rpc.wire import attempt_from_wire, generation_from_wire
+from kvrelay_core.rpc.wire import attempt_from_wire, generation_from_wire, prefix_hint_from_wire
 from kvrelay_prefill.requests import PrefillRequests
 from kvrelay_worker.outbox import Outbox
 from kvrelay_worker.sessions import Session, SessionBook
@@ -137,7 +137,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
     def _start(self, message: pb.PrefillRequest, receiver: _SessionReceiver | _StreamReceiver, handle: int) -> None:
         attempt = attempt_from_wire(message.attempt)
         generation = generation_from_wire(message.generation)
-        self._requests.open(attempt, generation, message.handoff, receiver, handle)
+        hint = prefix_hint_from_wire(message.hint) if message.HasField("hint") else None
+        self._requests.open(attempt, generation, message.handoff, receiver, handle, hint)
 
 
 def _attempt_or_none(message: pb.PrefillOpen) -> AttemptId | None:

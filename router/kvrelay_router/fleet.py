@@ -1,13 +1,17 @@
-"""What a run needs of the cluster: candidates from the registry, the policy's choice, and the account of loads."""
+"""What a run needs of the cluster: candidates from the registry, the policy's choice, the account of loads, and the
+memory of where KV was left."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kvrelay_core.errors import InternalError
+from kvrelay_core.hashing import hash_units, root_hash
+from kvrelay_core.request import PrefixHint
 from kvrelay_router.itinerary_messages import Place, Route
+from kvrelay_router.kv_holders import KvHolders
 from kvrelay_router.placement import Candidate, Candidates, LoadAccount, Placement, RequestView, eligible
 from kvrelay_router.registry import Registry
 from kvrelay_router.worker_load import reported_tokens
@@ -26,6 +30,7 @@ class Fleet:
     def __init__(self, registry: Registry, placement: Placement) -> None:
         self.registry = registry
         self.loads = LoadAccount()
+        self._holders = KvHolders()
         self._placement = placement
         registry.on_load = self._note_load
 
@@ -51,9 +56,43 @@ class Fleet:
             raise InternalError(f"the placement chose an unknown pair {decision.prefill}, {decision.decode}")
         return Route(decision.prefill, decision.decode, session.description.decode_alone_tokens)
 
+    # ------------------------------------------------------------------------------ where KV was left
+
+    def note_kv(self, worker: str, tokens: Sequence[int], cache_salt: str) -> None:
+        """The decode worker has computed or pulled the KV of `tokens`."""
+        session = self.registry.decode.get(worker)
+        if session is not None:
+            self._holders.note(worker, _unit_hashes(session, tokens, cache_salt))
+
+    def hint(self, reader: str, tokens: Sequence[int], cache_salt: str) -> PrefixHint | None:
+        """Where `reader`, a worker of either role, may find KV of the beginning of `tokens`."""
+        session: WorkerSession[Any] | None = self.registry.prefill.get(reader) or self.registry.decode.get(reader)
+        if session is None or not self._holders:
+            return None
+        decode = self.registry.decode
+        found = self._holders.find(
+            _unit_hashes(session, tokens, cache_salt), lambda key: key != reader and key in decode and decode[key].is_up
+        )
+        if found is None:
+            return None
+        holder, num_units = found
+        return PrefixHint(decode[holder].description.worker.address, num_units * _unit_tokens(session))
+
     def _serving(self, sessions: Mapping[str, WorkerSession[Any]]) -> list[Candidate]:
         return [Candidate(key, self.loads.load_of(key)) for key, session in sessions.items() if session.is_serving]
 
     def _note_load(self, session: WorkerSession[Any]) -> None:
         reported = 0 if session.load is None else reported_tokens(session.role, session.description, session.load)
         self.loads.note_report(session.key, reported)
+
+
+def _unit_tokens(session: WorkerSession[Any]) -> int:
+    """0: this worker does not say."""
+    layouts = session.description.layouts
+    return layouts[0].hash_unit_tokens if layouts else 0
+
+
+def _unit_hashes(session: WorkerSession[Any], tokens: Sequence[int], cache_salt: str) -> list[bytes]:
+    root = root_hash(session.description.model_fingerprint, cache_salt=cache_salt)
+    unit_tokens = _unit_tokens(session)
+    return hash_units(root, tokens, unit_tokens) if unit_tokens else []

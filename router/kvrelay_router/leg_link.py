@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from kvrelay.v1 import common_pb2, decode_pb2, prefill_pb2
 from kvrelay_core.errors import DrainingError, KvRelayError, UnavailableError
-from kvrelay_core.request import FinishReason
+from kvrelay_core.request import FinishReason, Generation
 from kvrelay_core.rpc import wire
 from kvrelay_core.rpc.status import error_from_detail
 from kvrelay_router import itinerary_messages as m
@@ -82,9 +82,17 @@ class DecodeLink:
         self._choices = tuple(choice.index for choice in action.generation.choices)
         self._on_accepted = on_accepted
         self.handle = 0
+        self._has_kv = False  # of all tokens of the choices but the last
+
+    def note_kv(self, fleet: Fleet) -> None:
+        """Remembers what the worker holds of the request, for the next turn or for whoever goes on with it."""
+        if self._has_kv:
+            for choice in self._choices:
+                fleet.note_kv(self.session.key, self._run.tokens(choice)[:-1], self._run.cache_salt)
 
     def on_token(self, choice: int, position: int, token_id: int, logprobs: common_pb2.TokenLogprobs | None) -> None:
         wanted = logprobs is not None and self._run.wants_logprobs
+        self._has_kv = True
         entry = wire.logprobs_from_wire(logprobs) if wanted and logprobs is not None else None
         self._run.feed(m.DecodeTokens(self._leg, self.attempt, (Token(choice, position, token_id, entry),)))
 
@@ -191,6 +199,7 @@ class LegLink:
             self._prefill.session.forget(self._prefill.handle)
         if self._decode is not None:
             self._decode.session.forget(self._decode.handle)
+            self._decode.note_kv(self._fleet)
         self._prefill = self._decode = None
 
     def _open_prefill(self, action: m.OpenPrefill) -> None:
@@ -201,6 +210,7 @@ class LegLink:
             attempt=wire.attempt_to_wire(self._run.attempt_id(action.leg, action.attempt)),
             generation=wire.generation_to_wire(self._run.with_time_left(action.generation)),
             handoff=action.handoff,
+            hint=self._hint(action.worker, action.generation),
         )
         try:
             link.handle = session.open(request, link)
@@ -210,12 +220,15 @@ class LegLink:
             self._prefill = link
 
     def _open_decode(self, action: m.OpenDecode) -> None:
+        if self._decode is not None:
+            self._decode.note_kv(self._fleet)  # of an earlier attempt
         session = self._fleet.registry.decode[action.worker]
         link = DecodeLink(self._run, session, action, self._decode_accepted)
         start = decode_pb2.DecodeStart(
             attempt=wire.attempt_to_wire(self._run.attempt_id(action.leg, action.attempt)),
             generation=wire.generation_to_wire(self._run.with_time_left(action.generation)),
             ticket=action.ticket,
+            hint=None if action.ticket is not None else self._hint(action.worker, action.generation),
         )
         try:
             link.handle = session.open(start, link)
@@ -223,6 +236,10 @@ class LegLink:
             self._run.feed(m.DecodeFailed(action.leg, action.attempt, error))
         else:
             self._decode = link
+
+    def _hint(self, reader: str, generation: Generation) -> common_pb2.PrefixHint | None:
+        hint = self._fleet.hint(reader, generation.tokens_to_prefill, generation.cache_salt)
+        return None if hint is None else wire.prefix_hint_to_wire(hint)
 
     def _resume_decode(self, action: m.ResumeDecode) -> None:
         assert self._decode is not None

@@ -189,6 +189,14 @@ class RequestRun:
     def next_position(self, choice: int) -> int:
         return self._itinerary.committer.next_position(choice)
 
+    def tokens(self, choice: int) -> tuple[int, ...]:
+        """Prompt and committed tokens."""
+        return self._request.generation.prompt + self._itinerary.committer.committed(choice)
+
+    @property
+    def cache_salt(self) -> str:
+        return self._request.generation.cache_salt
+
     @property
     def wants_logprobs(self) -> bool:
         return self._request.wants_logprobs

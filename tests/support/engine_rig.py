@@ -18,8 +18,8 @@ from kvrelay_engine import messages
 from kvrelay_engine.block_pool import BlockPool
 from kvrelay_engine.config import EngineConfig
 from kvrelay_engine.engine import Engine
+from kvrelay_engine.engine_identity import EngineIdentity
 from kvrelay_engine.engine_parts import EngineParts
-from kvrelay_engine.handoff_source import EngineIdentity
 from kvrelay_transfer.connectors.base import PeerInfo
 from kvrelay_transfer.connectors.memory import MemoryConnector, MemoryFabric
 from kvrelay_transfer.pool_memory import PoolMemory

@@ -12,7 +12,8 @@ from kvrelay_core.clock import ManualClock
 from kvrelay_core.hashing import root_hash
 from kvrelay_core.request import AttemptId, ChoiceState, FirstToken, Generation, SamplingParams
 from kvrelay_engine.block_pool import BlockPool
-from kvrelay_engine.handoff_source import EngineIdentity, HandoffSource
+from kvrelay_engine.engine_identity import EngineIdentity
+from kvrelay_engine.handoff_source import HandoffSource
 from kvrelay_engine.messages import Event
 from kvrelay_engine.sequence import EngineRequest, HashChain, Sequence
 from kvrelay_transfer.connectors.base import ConnectorOffer, PeerInfo

@@ -11,8 +11,11 @@ from collections.abc import AsyncIterator
 from kvrelay.v1 import common_pb2, kv_source_pb2_grpc
 from kvrelay.v1 import kv_source_pb2 as pb
 from kvrelay_core.error_info import error_of
-from kvrelay_core.errors import DeadlineError, InvalidRequestError
+from kvrelay_core.errors import DeadlineError, InvalidRequestError, MismatchError
+from kvrelay_core.hashing import HASH_BYTES
+from kvrelay_core.rpc.wire import attempt_from_wire
 from kvrelay_engine.messages import Released, ReleaseTicket
+from kvrelay_engine.prefix_messages import LookupPrefix, PrefixTicket
 from kvrelay_transfer.ticket import KvTicket
 from kvrelay_worker.engine_link import PendingCalls
 from kvrelay_worker.exports import Exports
@@ -24,6 +27,7 @@ from kvrelay_worker.wire import (
     offer_to_wire,
     release_reason_from_wire,
     ticket_from_wire,
+    ticket_to_wire,
 )
 from kvrelay_worker.worker import Worker
 
@@ -38,6 +42,8 @@ class KvSourceServicer(kv_source_pb2_grpc.KvSourceServiceServicer):
         self.follows = FollowBook(worker.engine, observer)
         self._releases: PendingCalls[Released] = PendingCalls(worker.engine)
         worker.engine.on(Released, lambda released: self._releases.answer(released.call, released))
+        self._lookups: PendingCalls[PrefixTicket] = PendingCalls(worker.engine)
+        worker.engine.on(PrefixTicket, lambda answer: self._lookups.answer(answer.call, answer))
 
     async def Connect(self, request: pb.ConnectRequest, context: Context) -> pb.ConnectResponse:
         """Raises MismatchError when the reader's pool cannot take our blocks."""
@@ -126,6 +132,17 @@ class KvSourceServicer(kv_source_pb2_grpc.KvSourceServiceServicer):
         if self._observer is not None:
             self._observer.on_unfollowed(ticket.attempt, FollowEnd.ENDED)
         return pb.ReleaseResponse(released=released.released)
+
+    async def Lookup(self, request: pb.LookupRequest, context: Context) -> pb.LookupResponse:
+        """Raises MismatchError for another model, InvalidRequestError for what is no chain of hashes."""
+        attempt, unit_hashes = attempt_from_wire(request.attempt), request.unit_hashes
+        if not unit_hashes or len(unit_hashes) % HASH_BYTES:
+            raise InvalidRequestError(f"unit_hashes must be one or more hashes of {HASH_BYTES} bytes")
+        if request.model_fingerprint != self._worker.engine.started.model_fingerprint:
+            raise MismatchError("this worker serves another model; its KV is of no use to you")
+        timeout_s = self._worker.config.call_timeout_s
+        found = await self._lookups.ask(lambda call: LookupPrefix(call, attempt, unit_hashes), timeout_s)
+        return pb.LookupResponse(ticket=None if found.ticket is None else ticket_to_wire(found.ticket))
 
 
 async def _read_follow(stream: FollowStream, requests: AsyncIterator[pb.FollowRequest]) -> None:

@@ -106,6 +106,17 @@ class PeerBook:
             )
         return peer.stub
 
+    async def reach(self, address: str) -> tuple[kv_source_pb2_grpc.KvSourceServiceAsyncStub, PeerInfo]:
+        """A source as it runs now, which the engine knows of. Raises as `connect`, but for no epoch."""
+        self.check_allowed(address)
+        peer = self._peers.get(address) or self._add(address)
+        async with peer.handshake:
+            if peer.info is None:
+                await self._shake_hands(peer)
+            if peer.info is None:
+                raise WorkerLostError(f"{address} is not connected any more", peer=address)
+            return peer.stub, peer.info
+
     def _add_registered(self) -> None:
         for address in sorted(self._allowed):
             if _is_dialable(address):

@@ -125,6 +125,7 @@ def ticket_to_wire(ticket: KvTicket) -> pb.KvTicket:
         block_hashes=ticket.unit_hashes,
         lease=lease_to_wire(ticket.lease),
         hmac=ticket.mac,
+        unpinned=not ticket.is_pinned,
     )
 
 
@@ -147,6 +148,7 @@ def ticket_from_wire(wire: pb.KvTicket) -> KvTicket:
         unit_hashes=wire.block_hashes,
         lease=lease_from_wire(wire.lease),
         mac=wire.hmac,
+        is_pinned=not wire.unpinned,
     )
 
 
@@ -191,5 +193,6 @@ def load_to_wire(load: Load, *, streams: int, tasks: int, draining: bool) -> wor
         handoff_s=load.handoff_s,
         stale_reads=load.stale_reads,
         expired_leases=load.expired_leases,
+        prefix_blocks_pulled=load.prefix_blocks_pulled,
         tasks=tasks,
     )

@@ -77,7 +77,7 @@ def _add_worker_identity(parser: argparse.ArgumentParser) -> None:
         type=flag_types.addresses,
         default=(),
         metavar="HOST:PORT,...",
-        help="prefill workers that decode may pull from (default: any on loopback)",
+        help="workers that this one may read KV from (default: any on loopback)",
     )
     parser.add_argument(
         "--device-index", type=flag_types.integer(0), metavar="I", help="which GPU (with --device cuda)"

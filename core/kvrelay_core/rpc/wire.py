@@ -16,6 +16,7 @@ from kvrelay_core.request import (
     FirstToken,
     Generation,
     HandoffTiming,
+    PrefixHint,
     SamplingParams,
     Slo,
     TokenLogprobs,
@@ -191,6 +192,14 @@ def usage_to_wire(usage: Usage) -> pb.Usage:
 
 def usage_from_wire(wire: pb.Usage) -> Usage:
     return Usage(wire.prompt_tokens, wire.cached_tokens, wire.completion_tokens)
+
+
+def prefix_hint_to_wire(hint: PrefixHint) -> pb.PrefixHint:
+    return pb.PrefixHint(source=pb.WorkerRef(address=hint.source_address), num_tokens=hint.num_tokens)
+
+
+def prefix_hint_from_wire(wire: pb.PrefixHint) -> PrefixHint:
+    return PrefixHint(wire.source.address, wire.num_tokens)
 
 
 def handoff_timing_to_wire(timing: HandoffTiming) -> pb.HandoffTiming:

@@ -730,6 +730,7 @@ class KvTicket(_message.Message):
     LEASE_FIELD_NUMBER: _builtins.int
     HMAC_FIELD_NUMBER: _builtins.int
     DIGESTS_FIELD_NUMBER: _builtins.int
+    UNPINNED_FIELD_NUMBER: _builtins.int
     ticket_id: _builtins.str
     engine_epoch: _builtins.bytes
     """128 random bits, new at each engine start."""
@@ -739,6 +740,8 @@ class KvTicket(_message.Message):
     """Unit hashes of the full hash units and of the tokens behind them, 32 bytes each, concatenated."""
     hmac: _builtins.bytes
     digests: _builtins.bool
+    unpinned: _builtins.bool
+    """An export for reuse: nobody pins its blocks, the fence alone tells whether they are still the same."""
     @_builtins.property
     def source(self) -> Global___WorkerRef: ...
     @_builtins.property
@@ -764,14 +767,40 @@ class KvTicket(_message.Message):
         lease: Global___LeaseTerms | None = ...,
         hmac: _builtins.bytes = ...,
         digests: _builtins.bool = ...,
+        unpinned: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "layout", b"layout", "lease", b"lease", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "block_hashes", b"block_hashes", "digests", b"digests", "engine_epoch", b"engine_epoch", "groups", b"groups", "hmac", b"hmac", "layout", b"layout", "lease", b"lease", "model_fingerprint", b"model_fingerprint", "num_tokens", b"num_tokens", "source", b"source", "ticket_id", b"ticket_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "block_hashes", b"block_hashes", "digests", b"digests", "engine_epoch", b"engine_epoch", "groups", b"groups", "hmac", b"hmac", "layout", b"layout", "lease", b"lease", "model_fingerprint", b"model_fingerprint", "num_tokens", b"num_tokens", "source", b"source", "ticket_id", b"ticket_id", "unpinned", b"unpinned"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___KvTicket: _TypeAlias = KvTicket  # noqa: Y015
+
+@_typing.final
+class PrefixHint(_message.Message):
+    """A worker that probably holds the KV of the first tokens of a request's input."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    num_tokens: _builtins.int
+    @_builtins.property
+    def source(self) -> Global___WorkerRef: ...
+    def __init__(
+        self,
+        *,
+        source: Global___WorkerRef | None = ...,
+        num_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_tokens", b"num_tokens", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefixHint: _TypeAlias = PrefixHint  # noqa: Y015
 
 @_typing.final
 class EmbeddingTicket(_message.Message):

@@ -27,6 +27,7 @@ class DecodeStart(_message.Message):
     ATTEMPT_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     TICKET_FIELD_NUMBER: _builtins.int
+    HINT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def attempt(self) -> _common_pb2.AttemptId: ...
     @_builtins.property
@@ -35,16 +36,21 @@ class DecodeStart(_message.Message):
     def ticket(self) -> _common_pb2.KvTicket:
         """Absent: no hand-off, compute everything here ("decode alone")."""
 
+    @_builtins.property
+    def hint(self) -> _common_pb2.PrefixHint:
+        """Only without a ticket."""
+
     def __init__(
         self,
         *,
         attempt: _common_pb2.AttemptId | None = ...,
         generation: _common_pb2.Generation | None = ...,
         ticket: _common_pb2.KvTicket | None = ...,
+        hint: _common_pb2.PrefixHint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "generation", b"generation", "ticket", b"ticket"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "generation", b"generation", "hint", b"hint", "ticket", b"ticket"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "generation", b"generation", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "generation", b"generation", "hint", b"hint", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

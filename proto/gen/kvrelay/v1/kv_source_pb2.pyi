@@ -448,3 +448,56 @@ class ReleaseResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReleaseResponse: _TypeAlias = ReleaseResponse  # noqa: Y015
+
+@_typing.final
+class LookupRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    READER_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    UNIT_HASHES_FIELD_NUMBER: _builtins.int
+    model_fingerprint: _builtins.bytes
+    unit_hashes: _builtins.bytes
+    """Chained hashes of the input's full hash units, 32 bytes each, concatenated."""
+    @_builtins.property
+    def reader(self) -> _common_pb2.WorkerRef: ...
+    @_builtins.property
+    def attempt(self) -> _common_pb2.AttemptId: ...
+    def __init__(
+        self,
+        *,
+        reader: _common_pb2.WorkerRef | None = ...,
+        attempt: _common_pb2.AttemptId | None = ...,
+        model_fingerprint: _builtins.bytes = ...,
+        unit_hashes: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "reader", b"reader"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "model_fingerprint", b"model_fingerprint", "reader", b"reader", "unit_hashes", b"unit_hashes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LookupRequest: _TypeAlias = LookupRequest  # noqa: Y015
+
+@_typing.final
+class LookupResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TICKET_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def ticket(self) -> _common_pb2.KvTicket:
+        """Absent: not even the first unit is here."""
+
+    def __init__(
+        self,
+        *,
+        ticket: _common_pb2.KvTicket | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ticket", b"ticket"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ticket", b"ticket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LookupResponse: _TypeAlias = LookupResponse  # noqa: Y015

@@ -54,6 +54,11 @@ class KvSourceServiceStub(object):
                 request_serializer=kvrelay_dot_v1_dot_kv__source__pb2.ReleaseRequest.SerializeToString,
                 response_deserializer=kvrelay_dot_v1_dot_kv__source__pb2.ReleaseResponse.FromString,
                 _registered_method=True)
+        self.Lookup = channel.unary_unary(
+                '/kvrelay.v1.KvSourceService/Lookup',
+                request_serializer=kvrelay_dot_v1_dot_kv__source__pb2.LookupRequest.SerializeToString,
+                response_deserializer=kvrelay_dot_v1_dot_kv__source__pb2.LookupResponse.FromString,
+                _registered_method=True)
 
 
 class KvSourceServiceServicer(object):
@@ -87,6 +92,13 @@ class KvSourceServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Lookup(self, request, context):
+        """What this worker has in its prefix cache of a chain of hashes, as an unpinned ticket.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KvSourceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -109,6 +121,11 @@ def add_KvSourceServiceServicer_to_server(servicer, server):
                     servicer.Release,
                     request_deserializer=kvrelay_dot_v1_dot_kv__source__pb2.ReleaseRequest.FromString,
                     response_serializer=kvrelay_dot_v1_dot_kv__source__pb2.ReleaseResponse.SerializeToString,
+            ),
+            'Lookup': grpc.unary_unary_rpc_method_handler(
+                    servicer.Lookup,
+                    request_deserializer=kvrelay_dot_v1_dot_kv__source__pb2.LookupRequest.FromString,
+                    response_serializer=kvrelay_dot_v1_dot_kv__source__pb2.LookupResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -219,6 +236,33 @@ class KvSourceService(object):
             '/kvrelay.v1.KvSourceService/Release',
             kvrelay_dot_v1_dot_kv__source__pb2.ReleaseRequest.SerializeToString,
             kvrelay_dot_v1_dot_kv__source__pb2.ReleaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Lookup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvrelay.v1.KvSourceService/Lookup',
+            kvrelay_dot_v1_dot_kv__source__pb2.LookupRequest.SerializeToString,
+            kvrelay_dot_v1_dot_kv__source__pb2.LookupResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,8 @@ class KvSourceServiceStub:
     """The bytes of some blocks over the socket: the connector of last resort."""
     Release: _grpc.UnaryUnaryMultiCallable[_kv_source_pb2.ReleaseRequest, _kv_source_pb2.ReleaseResponse]
     """Gives the pins of a ticket back. Idempotent."""
+    Lookup: _grpc.UnaryUnaryMultiCallable[_kv_source_pb2.LookupRequest, _kv_source_pb2.LookupResponse]
+    """What this worker has in its prefix cache of a chain of hashes, as an unpinned ticket."""
 
 @_typing.type_check_only
 class KvSourceServiceAsyncStub(KvSourceServiceStub):
@@ -51,6 +53,8 @@ class KvSourceServiceAsyncStub(KvSourceServiceStub):
     """The bytes of some blocks over the socket: the connector of last resort."""
     Release: _aio.UnaryUnaryMultiCallable[_kv_source_pb2.ReleaseRequest, _kv_source_pb2.ReleaseResponse]  # type: ignore[assignment]
     """Gives the pins of a ticket back. Idempotent."""
+    Lookup: _aio.UnaryUnaryMultiCallable[_kv_source_pb2.LookupRequest, _kv_source_pb2.LookupResponse]  # type: ignore[assignment]
+    """What this worker has in its prefix cache of a chain of hashes, as an unpinned ticket."""
 
 class KvSourceServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -84,5 +88,13 @@ class KvSourceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_kv_source_pb2.ReleaseResponse, _abc.Awaitable[_kv_source_pb2.ReleaseResponse]]:
         """Gives the pins of a ticket back. Idempotent."""
+
+    @_abc_1.abstractmethod
+    def Lookup(
+        self,
+        request: _kv_source_pb2.LookupRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kv_source_pb2.LookupResponse, _abc.Awaitable[_kv_source_pb2.LookupResponse]]:
+        """What this worker has in its prefix cache of a chain of hashes, as an unpinned ticket."""
 
 def add_KvSourceServiceServicer_to_server(servicer: KvSourceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -26,22 +26,26 @@ class PrefillRequest(_message.Message):
     ATTEMPT_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     HANDOFF_FIELD_NUMBER: _builtins.int
+    HINT_FIELD_NUMBER: _builtins.int
     handoff: _builtins.bool
     """False: nobody will read the KV (max_tokens = 1, or a warm-up); no ticket is issued."""
     @_builtins.property
     def attempt(self) -> _common_pb2.AttemptId: ...
     @_builtins.property
     def generation(self) -> _common_pb2.Generation: ...
+    @_builtins.property
+    def hint(self) -> _common_pb2.PrefixHint: ...
     def __init__(
         self,
         *,
         attempt: _common_pb2.AttemptId | None = ...,
         generation: _common_pb2.Generation | None = ...,
         handoff: _builtins.bool = ...,
+        hint: _common_pb2.PrefixHint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "generation", b"generation"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "generation", b"generation", "hint", b"hint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "generation", b"generation", "handoff", b"handoff"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "generation", b"generation", "handoff", b"handoff", "hint", b"hint"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

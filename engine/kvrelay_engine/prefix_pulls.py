@@ -1,0 +1,251 @@
+"""KV of an input's beginning, pulled from a worker that has it before the rest is computed here.
+
+    begin    a request came with a hint: what we lack is asked for                     -> PrefixWanted
+    found    an unpinned ticket: the blocks that are missing here are read
+    poll     what is verified enters the prefix cache; then the request is scheduled like any other
+
+It is the next turn of a conversation coming back from decode to prefill, or a request that moves from one decode
+worker to another. Nothing here is ever an error of the request: a source that does not know, is slow, gone or stale
+costs the wait, and the wait is bounded by what computing the tokens would take. Destinations of reads that are still
+under way when a pull ends are quarantined (PROTOCOL A5). Knows nothing of steps, streams or routers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from msgspec import Struct
+
+from kvrelay_core.clock import Clock
+from kvrelay_core.errors import KvRelayError, MismatchError, StaleTicketError, TransferError
+from kvrelay_core.hashing import HASH_BYTES
+from kvrelay_core.request import PrefixHint
+from kvrelay_engine.block_pool import BlockPool
+from kvrelay_engine.handoff_peers import PeerLinks
+from kvrelay_engine.message_kinds import Event
+from kvrelay_engine.prefix_cache import PrefixCache
+from kvrelay_engine.prefix_messages import PrefixFound, PrefixWanted
+from kvrelay_engine.sequence import Sequence
+from kvrelay_engine.throughput import Throughput
+from kvrelay_transfer.connectors.base import BlockRead, Transfer, TransferState
+from kvrelay_transfer.layout import KvLayout
+from kvrelay_transfer.quarantine import Quarantine
+from kvrelay_transfer.ticket import KvTicket
+
+log = logging.getLogger(__name__)
+
+
+class PullLimits(Struct, frozen=True):
+    min_wait_s: float = 0.05
+    max_wait_s: float = 2.0
+    max_reads: int = 4  # under way per pull
+    max_read_bytes: int = 32 << 20
+    max_quarantined_share: float = 0.1  # of the pool, per peer
+
+
+@dataclass(slots=True, eq=False)
+class _PostedRead:
+    first: int  # index in the ticket
+    blocks: tuple[int, ...]  # the local destination
+    transfer: Transfer
+
+
+@dataclass(slots=True, eq=False)
+class _Pull:
+    sequence: Sequence
+    num_units: int  # hash units asked for
+    until_s: float
+    ticket: KvTicket | None = None
+    keys: list[bytes] = field(default_factory=list)  # of the ticket's blocks
+    num_cached: int = 0  # of the ticket's blocks, found here when it came
+    blocks: list[int] = field(default_factory=list)  # held, in the ticket's order: cached ones, then destinations
+    next_read: int = 0
+    reads: list[_PostedRead] = field(default_factory=list)
+    is_over: bool = False
+
+
+class PrefixPulls:
+    def __init__(
+        self,
+        pool: BlockPool,
+        layout: KvLayout,
+        cache: PrefixCache,
+        peers: PeerLinks,
+        throughput: Throughput,
+        clock: Clock,
+        emit: Callable[[Event], None],
+        reserve: Callable[[int], list[int] | None],
+        *,
+        model_fingerprint: bytes,
+        limits: PullLimits | None = None,
+    ) -> None:
+        """`reserve(n)` takes n blocks that nobody waits for, or none."""
+        self._pool = pool
+        self._layout = layout
+        self._cache = cache
+        self._peers = peers
+        self._throughput = throughput
+        self._clock = clock
+        self._emit = emit
+        self._reserve = reserve
+        self._model_fingerprint = model_fingerprint
+        self._limits = limits or PullLimits()
+        self._max_read_blocks = max(1, self._limits.max_read_bytes // layout.block_bytes)
+        self._quarantine = Quarantine(int(self._limits.max_quarantined_share * pool.num_blocks))
+        self._pulls: dict[int, _Pull] = {}
+        self.num_pulled_blocks = 0
+        self.stale_reads = 0
+
+    # ------------------------------------------------------------------------------------------- queries
+
+    @property
+    def num_transfers(self) -> int:
+        return sum(len(pull.reads) for pull in self._pulls.values()) + self._quarantine.num_transfers
+
+    @property
+    def num_quarantined(self) -> int:
+        return self._quarantine.num_blocks
+
+    @property
+    def is_busy(self) -> bool:
+        """Something is under way, or a wait has to be ended: poll often."""
+        return bool(self._pulls) or self._quarantine.num_transfers > 0
+
+    # --------------------------------------------------------------------------------------- begin to end
+
+    def begin(self, sequence: Sequence, hint: PrefixHint) -> bool:
+        """Whether the request waits for a pull. False: nothing is to be gained, schedule it now."""
+        unit = self._layout.hit_tokens
+        num_cached = len(self._cache.match(sequence)) * self._layout.block_tokens
+        num_wanted = min(hint.num_tokens, len(sequence.tokens) - 1) // unit * unit
+        if num_wanted <= num_cached:
+            return False
+        limits = self._limits
+        compute_s = self._throughput.seconds_for(num_wanted - num_cached) or limits.max_wait_s
+        until_s = self._clock.now() + min(max(compute_s, limits.min_wait_s), limits.max_wait_s)
+        num_units = num_wanted // self._layout.hash_unit_tokens
+        request = sequence.request
+        self._pulls[request.id] = _Pull(sequence, num_units, until_s)
+        unit_hashes = b"".join(sequence.chain.unit_hashes[:num_units])
+        self._emit(PrefixWanted(request.id, request.attempt, hint.source_address, unit_hashes))
+        return True
+
+    def found(self, message: PrefixFound) -> None:
+        """The source's answer; ignored when the pull is over."""
+        pull = self._pulls.get(message.id)
+        if pull is None or pull.ticket is not None:
+            return
+        if message.ticket is None:
+            pull.is_over = True
+            return
+        try:
+            self._check(message.ticket, pull)
+        except MismatchError as error:
+            log.warning("a prefix cannot be pulled from %s: %s", message.ticket.source_address, error.message)
+            pull.is_over = True
+            return
+        self._hold_blocks(pull, message.ticket)
+
+    def poll(self) -> list[Sequence]:
+        """Never blocks. Returns those whose pull is over, whatever came of it; they hold nothing."""
+        self._collect_quarantine()
+        ended = []
+        for request_id, pull in list(self._pulls.items()):
+            self._advance(pull)
+            if pull.is_over:
+                self.abort(request_id)
+                ended.append(pull.sequence)
+        return ended
+
+    def abort(self, request_id: int) -> None:
+        """Gives the pull up; what was verified stays in the prefix cache. Idempotent."""
+        pull = self._pulls.pop(request_id, None)
+        if pull is None:
+            return
+        posted = {block for read in pull.reads for block in read.blocks}
+        self._pool.release(block for block in pull.blocks if block not in posted)
+        for read in pull.reads:
+            assert pull.ticket is not None
+            self._quarantine.add(pull.ticket.source_address, read.transfer, read.blocks)
+        self._collect_quarantine()
+
+    # ------------------------------------------------------------------------------------------ internal
+
+    def _check(self, ticket: KvTicket, pull: _Pull) -> None:
+        """Raises MismatchError unless the ticket is for a prefix of what was asked for."""
+        self._layout.check_compatible(ticket.layout)
+        if ticket.model_fingerprint != self._model_fingerprint:
+            raise MismatchError("the ticket is for another model or other weights")
+        asked = b"".join(pull.sequence.chain.unit_hashes[: pull.num_units])
+        num_units = len(ticket.unit_hashes) // HASH_BYTES
+        is_ours = (
+            asked.startswith(ticket.unit_hashes) and ticket.num_tokens == num_units * self._layout.hash_unit_tokens
+        )
+        num_blocks = self._layout.blocks_for(ticket.num_tokens)
+        group = ticket.groups[0] if len(ticket.groups) == 1 else None
+        if not is_ours or group is None or not len(group.blocks) == len(group.words) == num_blocks:
+            raise MismatchError("the ticket is not for the tokens that were asked for")
+
+    def _hold_blocks(self, pull: _Pull, ticket: KvTicket) -> None:
+        """Our cached blocks first, so that room for the missing ones is not made at their cost."""
+        num_blocks = len(ticket.groups[0].blocks)
+        keys = pull.sequence.chain.keys()[:num_blocks]
+        cached = self._pool.lookup(keys)
+        self._pool.pin(cached)
+        missing = self._reserve(num_blocks - len(cached)) if len(cached) < num_blocks else None
+        pull.ticket, pull.keys, pull.blocks = ticket, keys, cached + (missing or [])
+        pull.num_cached = pull.next_read = len(cached)
+        pull.is_over = not missing
+
+    def _advance(self, pull: _Pull) -> None:
+        try:
+            self._collect_reads(pull)
+            if pull.ticket is not None and not pull.is_over:
+                self._post_reads(pull, pull.ticket)
+                pull.is_over = pull.next_read == len(pull.blocks) and not pull.reads
+        except KvRelayError as error:
+            log.info("a prefix pull ended early: %s", error.message)
+            self.stale_reads += isinstance(error, StaleTicketError)
+            pull.is_over = True
+        if self._clock.now() >= pull.until_s:
+            pull.is_over = True
+
+    def _collect_reads(self, pull: _Pull) -> None:
+        for read in list(pull.reads):
+            state = read.transfer.poll()
+            if not state.is_terminal:
+                continue
+            pull.reads.remove(read)
+            if state is not TransferState.DONE:
+                raise read.transfer.error or TransferError(f"the read ended as {state.value}")
+            self._take_in(pull, read)
+
+    def _take_in(self, pull: _Pull, read: _PostedRead) -> None:
+        """Compares the words that followed the data with the ticket's (PROTOCOL A6): all or nothing."""
+        assert pull.ticket is not None
+        end = read.first + len(read.blocks)
+        if tuple(read.transfer.words) != pull.ticket.groups[0].words[read.first : end]:
+            raise StaleTicketError("blocks of the prefix were reused before they were read; nothing of it is used")
+        for block, key in zip(read.blocks, pull.keys[read.first : end], strict=True):
+            self._pool.publish(block, key)
+        self.num_pulled_blocks += len(read.blocks)
+
+    def _post_reads(self, pull: _Pull, ticket: KvTicket) -> None:
+        group = ticket.groups[0]
+        while pull.next_read < len(pull.blocks) and len(pull.reads) < self._limits.max_reads:
+            active = self._peers.find(ticket.source_address, ticket.engine_epoch)
+            if active is None:
+                return  # the link comes up, or the time runs out
+            first = pull.next_read
+            end = pull.next_read = min(first + self._max_read_blocks, len(pull.blocks))
+            local = tuple(pull.blocks[first:end])
+            transfer = active.link.read(BlockRead(ticket, group.group, group.blocks[first:end], local))
+            pull.reads.append(_PostedRead(first, local, transfer))
+
+    def _collect_quarantine(self) -> None:
+        self._pool.release(self._quarantine.collect())
+        for peer_id in self._quarantine.peers_over_cap():
+            self._peers.tear_down(peer_id, TransferError(f"too many reads from {peer_id} were given up unfinished"))
+            self._pool.release(self._quarantine.collect())

@@ -1,0 +1,94 @@
+"""KV that comes here from other engines, under one front: hand-offs by ticket, and prefixes by hint.
+
+    begin    whether a request has to wait for KV from elsewhere before it is scheduled
+    poll     what has come, was lost, or is not waited for any longer
+
+The two differ in what a loss means: a lost hand-off goes back to the router, a lost prefix is computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvrelay_engine.config import EngineConfig
+from kvrelay_engine.engine_parts import EngineParts
+from kvrelay_engine.handoff_reader import HandoffArrived, HandoffBroken, HandoffReader, ReaderLimits
+from kvrelay_engine.message_kinds import Command
+from kvrelay_engine.messages import Decode, Prefill, ReleaseReason
+from kvrelay_engine.prefix_cache import PrefixCache
+from kvrelay_engine.prefix_messages import PrefixFound
+from kvrelay_engine.prefix_pulls import PrefixPulls
+from kvrelay_engine.scheduler import Scheduler
+from kvrelay_engine.sequence import EngineRequest, Sequence
+from kvrelay_engine.throughput import Throughput
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class PullEnded:
+    """What came of it is in the prefix cache; `sequence` holds nothing and is to be scheduled."""
+
+    sequence: Sequence
+
+
+class RemoteKv:
+    def __init__(
+        self,
+        config: EngineConfig,
+        parts: EngineParts,
+        cache: PrefixCache,
+        throughput: Throughput,
+        scheduler: Scheduler,
+    ) -> None:
+        fingerprint = parts.identity.model_fingerprint
+        self.reader = HandoffReader(
+            parts.pool, parts.layout, parts.connectors, parts.clock, parts.emit, scheduler.reserve_remote,
+            model_fingerprint=fingerprint, limits=ReaderLimits(reserve_budget_s=config.reserve_budget_s),
+        )  # fmt: skip
+        self.pulls = PrefixPulls(
+            parts.pool, parts.layout, cache, self.reader.peers, throughput, parts.clock, parts.emit,
+            scheduler.reserve_spare, model_fingerprint=fingerprint,
+        )  # fmt: skip
+
+    def begin(self, request: EngineRequest, command: Prefill | Decode) -> bool:
+        """Raises MismatchError when the command's ticket is not for its tokens, this model or this layout."""
+        if isinstance(command, Decode) and command.ticket is not None:
+            self.reader.open(request.trunk, command.ticket)
+            return True
+        return command.hint is not None and self.pulls.begin(request.trunk, command.hint)
+
+    def handle(self, command: Command) -> None:
+        if isinstance(command, PrefixFound):
+            self.pulls.found(command)
+        else:
+            self.reader.handle(command)
+
+    def poll(self) -> list[HandoffArrived | HandoffBroken | PullEnded]:
+        """Never blocks."""
+        return [*self.reader.poll(), *map(PullEnded, self.pulls.poll())]
+
+    def abort(self, request_id: int, reason: ReleaseReason = ReleaseReason.CANCELLED) -> None:
+        """Gives up what the request waits for, and all blocks of it. Idempotent."""
+        self.reader.abort(request_id, reason)
+        self.pulls.abort(request_id)
+
+    def close(self) -> None:
+        self.reader.close()
+
+    @property
+    def is_busy(self) -> bool:
+        """Something progresses by itself: poll often."""
+        return self.reader.is_busy or self.pulls.is_busy
+
+    @property
+    def num_transfers(self) -> int:
+        """Reads that are not terminal, quarantined ones included."""
+        return self.reader.num_transfers + self.pulls.num_transfers
+
+    @property
+    def num_quarantined(self) -> int:
+        """Blocks that only a read given up still owns."""
+        return self.reader.num_quarantined + self.pulls.num_quarantined
+
+    @property
+    def stale_reads(self) -> int:
+        return self.reader.stale_reads + self.pulls.stale_reads
