@@ -35,6 +35,7 @@ from kvrelay_engine.messages import ReleaseReason
 from kvrelay_transfer.ticket import KvTicket
 from kvrelay_worker.attempts import AttemptTable
 from kvrelay_worker.peers import PeerBook
+from kvrelay_worker.request_trace import KV_TRANSFER, RequestTrace
 from kvrelay_worker.wire import error_info_to_wire
 from kvrelay_worker.worker import Worker
 
@@ -57,6 +58,7 @@ class DecodeRequest:
     receiver: Receiver
     handle: int
     pending: set[int]  # choices that go on
+    trace: RequestTrace
     follow: HandoffFollow | None = None
     log: OutputLog = field(default_factory=OutputLog)
     accepted: pb.DecodeEvent | None = None
@@ -99,6 +101,7 @@ class DecodeRequests:
         receiver: Receiver,
         handle: int,
         hint: PrefixHint | None = None,
+        trace_parent: str = "",
     ) -> None:
         """Starts the attempt, or re-attaches to it: then the receiver gets everything again.
 
@@ -112,7 +115,8 @@ class DecodeRequests:
         if ticket is not None:
             self._peers.check_allowed(ticket.source_address)
         choices = {choice.index for choice in generation.choices}
-        request = DecodeRequest(next(self._worker.request_ids), attempt, receiver, handle, choices)
+        trace = RequestTrace("decode", attempt, trace_parent)
+        request = DecodeRequest(next(self._worker.request_ids), attempt, receiver, handle, choices, trace)
         self._worker.engine.send(messages.Decode(request.id, attempt, generation, ticket, hint))
         superseded = self._attempts.begin(attempt, request)
         self._by_id[request.id] = request
@@ -120,6 +124,7 @@ class DecodeRequests:
         if ticket is not None:
             request.follow = HandoffFollow(self._worker, self._peers, request.id, ticket)
             request.follow.start()
+            request.trace.begin(KV_TRANSFER)
         if superseded is not None:
             error = SupersededError(f"attempt {superseded.attempt.attempt} was superseded by {attempt.attempt}")
             self._fail(superseded, error)
@@ -157,6 +162,10 @@ class DecodeRequests:
             self._worker.engine.send(messages.Resume(request.id, choices))
         else:
             self._abort(request, "every choice was aborted")
+
+    def trace_of(self, request_id: int) -> RequestTrace | None:
+        request = self._by_id.get(request_id)
+        return None if request is None else request.trace
 
     def attempt_of(self, receiver: Receiver, handle: int) -> AttemptId | None:
         """What the handle stands for; None when it is not known yet or over."""
@@ -214,6 +223,7 @@ class DecodeRequests:
     def _on_handoff_done(self, event: messages.HandoffDone) -> None:
         request = self._by_id.get(event.id)
         if request is not None:
+            request.trace.finish(KV_TRANSFER, event.timing)
             accepted = pb.DecodeAccepted(handoff=handoff_timing_to_wire(event.timing))
             request.accepted = pb.DecodeEvent(accepted=accepted)
             request.receiver.put_event(request.handle, request.accepted)
@@ -223,6 +233,7 @@ class DecodeRequests:
         if request is None:
             return
         _release(request, ReleaseReason.FAILED)
+        request.trace.finish(KV_TRANSFER, error=event.error.reason)
         lost = pb.HandoffLost(
             verified_blocks=event.verified_blocks,
             verified_tokens=event.verified_tokens,
@@ -303,6 +314,7 @@ class DecodeRequests:
         request.endings.append(event)
         request.receiver.put_event(request.handle, event)
         if is_last:
+            request.trace.end(event.failed.reason)
             _release(request, ReleaseReason.CANCELLED)  # normally the engine did, when it had pulled everything
             request.is_over = True
             request.forget_at_s = self._worker.clock.now() + 2 * self._worker.config.session_grace_s
@@ -310,6 +322,7 @@ class DecodeRequests:
 
     def _fail(self, request: DecodeRequest, error: KvRelayError) -> None:
         """Ends the request on the service's own account."""
+        request.trace.end(error.reason)
         if not request.is_over:
             request.receiver.put_event(request.handle, pb.DecodeEvent(failed=error_to_detail(error)))
             request.receiver.end(request.handle)
@@ -324,6 +337,7 @@ class DecodeRequests:
         self._forget(request)
 
     def _forget(self, request: DecodeRequest) -> None:
+        request.trace.end("RequestCancelledError")  # unless it has ended before
         self._by_id.pop(request.id, None)
         self._by_handle.pop((request.receiver, request.handle), None)
         self._attempts.end(request.attempt)

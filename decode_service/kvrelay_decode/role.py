@@ -27,7 +27,7 @@ class DecodeRole(Role):
         self.fetches = FetchClient(worker, self.peers)
         self.requests = DecodeRequests(worker, self.peers)
         self.servicer = DecodeServicer(worker, self.requests)
-        self.lookups = PrefixLookups(worker, self.peers)
+        self.lookups = PrefixLookups(worker, self.peers, self.requests.trace_of)
         self.kv_source = KvSourceServicer(worker)
 
     def add_to(self, server: RpcServer) -> None:

@@ -185,7 +185,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             raise SupersededError(f"handle {handle} is in use for another request; choose a new one")
         ticket = ticket_from_wire(start.ticket) if start.HasField("ticket") else None
         hint = prefix_hint_from_wire(start.hint) if start.HasField("hint") else None
-        self._requests.open(attempt, generation_from_wire(start.generation), ticket, receiver, handle, hint)
+        generation = generation_from_wire(start.generation)
+        self._requests.open(attempt, generation, ticket, receiver, handle, hint, start.trace_parent)
 
     def _resume(self, resume: pb.DecodeResume, receiver: Receiver, handle: int) -> None:
         attempt: AttemptId = attempt_from_wire(resume.attempt)

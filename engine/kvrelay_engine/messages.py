@@ -25,7 +25,7 @@ from kvrelay_core.request import (
 )
 from kvrelay_engine.message_kinds import Command as Command
 from kvrelay_engine.message_kinds import Event as Event
-from kvrelay_engine.prefix_messages import LookupPrefix, PrefixFound, PrefixTicket, PrefixWanted
+from kvrelay_engine.prefix_messages import LookupPrefix, PrefixFound, PrefixPulled, PrefixTicket, PrefixWanted
 from kvrelay_transfer.connectors.base import ConnectorOffer, PeerInfo
 from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.ticket import GroupBlocks, KvTicket, LeaseTerms
@@ -393,5 +393,5 @@ EngineEvent = (
     Started | StartFailed | Queued | Accepted | PrefillFinished | RequestFailed | HandoffDone | HandoffLost
     | HandedBack | HandoffRelease | StepTokens | ChoiceFinished | FollowAttached | FollowReady | FollowComplete
     | FollowFailed | Released | PeerConnected | PeerFailed | Fetch | FetchAbort | Exported | PrefixTicket
-    | PrefixWanted | SlotFree | Beat | LoadReply
+    | PrefixWanted | PrefixPulled | SlotFree | Beat | LoadReply
 )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvrelay_core.request import AttemptId
+from kvrelay_core.request import AttemptId, HandoffTiming
 from kvrelay_engine.message_kinds import Command, Event
 from kvrelay_transfer.ticket import KvTicket
 
@@ -14,6 +14,13 @@ class PrefixWanted(Event, frozen=True):
     attempt: AttemptId
     source_address: str
     unit_hashes: bytes  # of the full units wanted, 32 bytes each
+
+
+class PrefixPulled(Event, frozen=True):
+    """The pull is over, whatever came of it: what was moved, and what was here already."""
+
+    id: int
+    timing: HandoffTiming
 
 
 class PrefixFound(Command, frozen=True):

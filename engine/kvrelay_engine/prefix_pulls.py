@@ -21,12 +21,12 @@ from msgspec import Struct
 from kvrelay_core.clock import Clock
 from kvrelay_core.errors import KvRelayError, MismatchError, StaleTicketError, TransferError
 from kvrelay_core.hashing import HASH_BYTES
-from kvrelay_core.request import PrefixHint
+from kvrelay_core.request import HandoffTiming, PrefixHint
 from kvrelay_engine.block_pool import BlockPool
 from kvrelay_engine.handoff_peers import PeerLinks
 from kvrelay_engine.message_kinds import Event
 from kvrelay_engine.prefix_cache import PrefixCache
-from kvrelay_engine.prefix_messages import PrefixFound, PrefixWanted
+from kvrelay_engine.prefix_messages import PrefixFound, PrefixPulled, PrefixWanted
 from kvrelay_engine.sequence import Sequence
 from kvrelay_engine.throughput import Throughput
 from kvrelay_transfer.connectors.base import BlockRead, Transfer, TransferState
@@ -63,6 +63,9 @@ class _Pull:
     blocks: list[int] = field(default_factory=list)  # held, in the ticket's order: cached ones, then destinations
     next_read: int = 0
     reads: list[_PostedRead] = field(default_factory=list)
+    num_pulled: int = 0
+    reading_since_s: float | None = None
+    connector: str = ""
     is_over: bool = False
 
 
@@ -170,6 +173,7 @@ class PrefixPulls:
             assert pull.ticket is not None
             self._quarantine.add(pull.ticket.source_address, read.transfer, read.blocks)
         self._collect_quarantine()
+        self._emit(PrefixPulled(request_id, self._timing(pull)))
 
     # ------------------------------------------------------------------------------------------ internal
 
@@ -230,6 +234,7 @@ class PrefixPulls:
             raise StaleTicketError("blocks of the prefix were reused before they were read; nothing of it is used")
         for block, key in zip(read.blocks, pull.keys[read.first : end], strict=True):
             self._pool.publish(block, key)
+        pull.num_pulled += len(read.blocks)
         self.num_pulled_blocks += len(read.blocks)
 
     def _post_reads(self, pull: _Pull, ticket: KvTicket) -> None:
@@ -243,6 +248,14 @@ class PrefixPulls:
             local = tuple(pull.blocks[first:end])
             transfer = active.link.read(BlockRead(ticket, group.group, group.blocks[first:end], local))
             pull.reads.append(_PostedRead(first, local, transfer))
+            pull.connector = active.connector
+            if pull.reading_since_s is None:
+                pull.reading_since_s = self._clock.now()
+
+    def _timing(self, pull: _Pull) -> HandoffTiming:
+        reading_s = 0.0 if pull.reading_since_s is None else self._clock.now() - pull.reading_since_s
+        size_bytes = pull.num_pulled * self._layout.block_bytes
+        return HandoffTiming(size_bytes, reading_s, pull.num_pulled, pull.num_cached, pull.connector)
 
     def _collect_quarantine(self) -> None:
         self._pool.release(self._quarantine.collect())

@@ -23,6 +23,7 @@ from kvrelay_engine import messages
 from kvrelay_prefill.lease_watch import LeaseWatch
 from kvrelay_worker.attempts import AttemptTable
 from kvrelay_worker.follows import FollowEnd
+from kvrelay_worker.request_trace import RequestTrace
 from kvrelay_worker.wire import error_info_to_wire, ticket_to_wire
 from kvrelay_worker.worker import Worker
 
@@ -40,6 +41,7 @@ class PrefillRequest:
     receiver: Receiver | None  # None: the router is gone for good, or has no use for it
     handle: int
     lease: LeaseWatch
+    trace: RequestTrace
     told: list[pb.PrefillResponse] = field(default_factory=list)  # again, to a router that comes back
     is_finished: bool = False
     replay_until_s: float = 0.0  # once finished
@@ -79,6 +81,7 @@ class PrefillRequests:
         receiver: Receiver,
         handle: int,
         hint: PrefixHint | None = None,
+        trace_parent: str = "",
     ) -> PrefillRequest:
         """Starts the attempt, or re-attaches to it: then the receiver gets everything told so far again.
 
@@ -94,7 +97,8 @@ class PrefillRequests:
             return known
         self._worker.check_accepting()
         lease = LeaseWatch(self._worker.clock)
-        request = PrefillRequest(next(self._worker.request_ids), attempt, receiver, handle, lease)
+        trace = RequestTrace("prefill", attempt, trace_parent)
+        request = PrefillRequest(next(self._worker.request_ids), attempt, receiver, handle, lease, trace)
         self._worker.engine.send(messages.Prefill(request.id, attempt, generation, handoff, hint))
         superseded = self._attempts.begin(attempt, request)
         self._by_id[request.id] = request
@@ -102,6 +106,10 @@ class PrefillRequests:
         if superseded is not None:
             self._supersede(superseded, attempt)
         return request
+
+    def trace_of(self, request_id: int) -> RequestTrace | None:
+        request = self._by_id.get(request_id)
+        return None if request is None else request.trace
 
     def attempt_of(self, receiver: Receiver, handle: int) -> AttemptId | None:
         """What the handle stands for; None when it is not known yet or over."""
@@ -177,6 +185,13 @@ class PrefillRequests:
         request = self._tell(event.id, pb.PrefillResponse(finished=finished))
         if request is None:
             return
+        request.trace.note(
+            prompt_tokens=event.usage.prompt_tokens,
+            cached_tokens=event.usage.cached_tokens,
+            queue_s=event.queue_s,
+            compute_s=event.compute_s,
+        )
+        request.trace.end()
         request.is_finished = True
         request.replay_until_s = self._worker.clock.now() + 2 * self._worker.config.session_grace_s
         if request.receiver is None:
@@ -185,6 +200,7 @@ class PrefillRequests:
     def _end(self, request_id: int, detail: ErrorDetail) -> None:
         request = self._tell(request_id, pb.PrefillResponse(failed=detail))
         if request is not None:
+            request.trace.end(detail.reason)
             self._forget(request)
 
     def _tell(self, request_id: int, event: pb.PrefillResponse) -> PrefillRequest | None:
@@ -233,6 +249,7 @@ class PrefillRequests:
             self._by_handle.pop((request.receiver, request.handle), None)
 
     def _forget(self, request: PrefillRequest) -> None:
+        request.trace.end("RequestCancelledError")  # unless it has ended before
         self._by_id.pop(request.id, None)
         self._detach(request)
         self._attempts.end(request.attempt)

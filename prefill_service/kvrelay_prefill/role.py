@@ -25,7 +25,7 @@ class PrefillRole(Role):
         self.servicer = PrefillServicer(worker, self.requests)
         self.peers = PeerBook(worker)
         self.fetches = FetchClient(worker, self.peers)
-        self.lookups = PrefixLookups(worker, self.peers)
+        self.lookups = PrefixLookups(worker, self.peers, self.requests.trace_of)
 
     def add_to(self, server: RpcServer) -> None:
         prefill_pb2_grpc.add_PrefillServiceServicer_to_server(self.servicer, server.server)

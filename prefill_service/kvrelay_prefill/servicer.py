@@ -138,7 +138,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         attempt = attempt_from_wire(message.attempt)
         generation = generation_from_wire(message.generation)
         hint = prefix_hint_from_wire(message.hint) if message.HasField("hint") else None
-        self._requests.open(attempt, generation, message.handoff, receiver, handle, hint)
+        self._requests.open(attempt, generation, message.handoff, receiver, handle, hint, message.trace_parent)
 
 
 def _attempt_or_none(message: pb.PrefillOpen) -> AttemptId | None:

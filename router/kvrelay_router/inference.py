@@ -19,6 +19,7 @@ from kvrelay.v1.inference_pb2_grpc import InferenceServiceServicer
 from kvrelay_core.checkpoint import GenerationDefaults
 from kvrelay_core.clock import Clock
 from kvrelay_core.errors import DeadlineError, DrainingError, KvRelayError, OverloadedError, RequestCancelledError
+from kvrelay_core.tracing import TRACE_PARENT, end_span, start_span, trace_parent_of
 from kvrelay_router.choice_output import ChoiceOutput
 from kvrelay_router.config import RouterConfig
 from kvrelay_router.detokenizer import Detokenizer
@@ -70,9 +71,10 @@ class InferenceServicer(InferenceServiceServicer):
         try:
             time_left_s = context.time_remaining()
             deadline_at_s = None if time_left_s is None else self._clock.now() + time_left_s
-            run = await self._prepare(request, deadline_at_s)
-            with self._running(run, deadline_at_s):
-                await self._write_all(run, context)
+            with _span(context) as trace_parent:
+                run = await self._prepare(request, deadline_at_s, trace_parent)
+                with self._running(run, deadline_at_s):
+                    await self._write_all(run, context)
         finally:
             self._leave()
         # Messages go out by `context.write`, which can be given a time limit; nothing is yielded.
@@ -126,7 +128,7 @@ class InferenceServicer(InferenceServiceServicer):
         if not self._num_calls:
             self._idle.set()
 
-    async def _prepare(self, request: pb.GenerateRequest, deadline_at_s: float | None) -> RequestRun:
+    async def _prepare(self, request: pb.GenerateRequest, deadline_at_s: float | None, trace_parent: str) -> RequestRun:
         arrived_s = self._clock.now()
         self._checker.check_envelope(request)
         model = await self._fleet.registry.wait_model(self._config.placement_wait_s)
@@ -137,7 +139,7 @@ class InferenceServicer(InferenceServiceServicer):
             request.request_id or request_id, self._config.max_unsent_tokens, lambda error: run.abandon(error)
         )
         run = RequestRun(
-            RunIdentity(self._router_id, request_id),
+            RunIdentity(self._router_id, request_id, trace_parent),
             checked,
             self._fleet,
             self._outputs(checked),
@@ -188,3 +190,18 @@ class InferenceServicer(InferenceServiceServicer):
             )
             run.abandon(slow)
             raise slow from error
+
+
+@contextlib.contextmanager
+def _span(context: grpc.aio.ServicerContext[Any, Any]) -> Iterator[str]:
+    """The request's span, a child of the client's if it sent a `traceparent`."""
+    sent = dict(context.invocation_metadata() or ()).get(TRACE_PARENT, "")
+    span = start_span("generate", str(sent), is_entry=True)
+    error = ""
+    try:
+        yield trace_parent_of(span)
+    except BaseException as failure:
+        error = type(failure).__name__
+        raise
+    finally:
+        end_span(span, error)

@@ -211,6 +211,7 @@ class LegLink:
             generation=wire.generation_to_wire(self._run.with_time_left(action.generation)),
             handoff=action.handoff,
             hint=self._hint(action.worker, action.generation),
+            trace_parent=self._run.trace_parent,
         )
         try:
             link.handle = session.open(request, link)
@@ -229,6 +230,7 @@ class LegLink:
             generation=wire.generation_to_wire(self._run.with_time_left(action.generation)),
             ticket=action.ticket,
             hint=None if action.ticket is not None else self._hint(action.worker, action.generation),
+            trace_parent=self._run.trace_parent,
         )
         try:
             link.handle = session.open(start, link)

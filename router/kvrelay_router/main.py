@@ -22,6 +22,7 @@ from kvrelay_core.checkpoint import read_generation_defaults, resolve_model
 from kvrelay_core.clock import MonotonicClock
 from kvrelay_core.errors import ConfigError
 from kvrelay_core.rpc.server import RpcServer
+from kvrelay_core.telemetry import start_telemetry
 from kvrelay_router.auth import BearerAuth, read_api_keys
 from kvrelay_router.config import RouterConfig
 from kvrelay_router.fleet import Fleet
@@ -113,9 +114,12 @@ async def serve(config: RouterConfig) -> int:
     """
     try:
         config.validate()
+        stop_telemetry = start_telemetry("router", f"{config.host}:{config.port}")
         checkpoint = await asyncio.to_thread(load_checkpoint, config.model)
         server = RouterServer(config, checkpoint)
-        return await _serve(server, config)
+        code = await _serve(server, config)
+        await asyncio.to_thread(stop_telemetry)
+        return code
     except ConfigError as error:
         print(f"kvrelay serve router: {error.message}", file=sys.stderr, flush=True)
         return ExitCode.CONFIG

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 class RunIdentity:
     router_id: str
     request_id: str  # unique in this router; the client's own id is only echoed
+    trace_parent: str = ""  # of its span, for the workers'
 
 
 class RequestRun:
@@ -192,6 +193,10 @@ class RequestRun:
     def tokens(self, choice: int) -> tuple[int, ...]:
         """Prompt and committed tokens."""
         return self._request.generation.prompt + self._itinerary.committer.committed(choice)
+
+    @property
+    def trace_parent(self) -> str:
+        return self._identity.trace_parent
 
     @property
     def cache_salt(self) -> str:

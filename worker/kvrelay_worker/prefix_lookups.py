@@ -12,10 +12,11 @@ from kvrelay.v1 import common_pb2
 from kvrelay.v1 import kv_source_pb2 as pb
 from kvrelay_core.errors import KvRelayError, TicketRejectedError
 from kvrelay_core.rpc.wire import attempt_to_wire
-from kvrelay_engine.prefix_messages import PrefixFound, PrefixWanted
+from kvrelay_engine.prefix_messages import PrefixFound, PrefixPulled, PrefixWanted
 from kvrelay_transfer.ticket import KvTicket
 from kvrelay_worker.peer_errors import peer_errors
 from kvrelay_worker.peers import PeerBook
+from kvrelay_worker.request_trace import PREFIX_PULL, TraceOf
 from kvrelay_worker.wire import ticket_from_wire
 from kvrelay_worker.worker import Worker
 
@@ -23,12 +24,22 @@ log = logging.getLogger(__name__)
 
 
 class PrefixLookups:
-    def __init__(self, worker: Worker, peers: PeerBook) -> None:
+    def __init__(self, worker: Worker, peers: PeerBook, trace_of: TraceOf) -> None:
         self._worker = worker
         self._peers = peers
+        self._trace_of = trace_of
         worker.engine.on(PrefixWanted, self._on_wanted)
+        worker.engine.on(PrefixPulled, self._on_pulled)
+
+    def _on_pulled(self, pulled: PrefixPulled) -> None:
+        trace = self._trace_of(pulled.id)
+        if trace is not None:
+            trace.finish(PREFIX_PULL, pulled.timing)
 
     def _on_wanted(self, wanted: PrefixWanted) -> None:
+        trace = self._trace_of(wanted.id)
+        if trace is not None:
+            trace.begin(PREFIX_PULL)
         self._worker.request_tasks.spawn(self._answer(wanted), f"prefix lookup of request {wanted.id}")
 
     async def _answer(self, wanted: PrefixWanted) -> None:

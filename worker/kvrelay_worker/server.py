@@ -24,6 +24,7 @@ from kvrelay.v1 import worker_pb2_grpc
 from kvrelay_core.clock import Clock, MonotonicClock
 from kvrelay_core.errors import ConfigError, DrainingError, KvRelayError
 from kvrelay_core.rpc.server import RpcServer
+from kvrelay_core.telemetry import start_telemetry
 from kvrelay_worker.config import WorkerConfig
 from kvrelay_worker.drain import Drain
 from kvrelay_worker.engine_client import EngineClient
@@ -31,6 +32,7 @@ from kvrelay_worker.engine_link import EngineLink
 from kvrelay_worker.service import WorkerServicer
 from kvrelay_worker.staging import Staging
 from kvrelay_worker.worker import Worker
+from kvrelay_worker.worker_metrics import observe
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +68,7 @@ class Role(ABC):
 class WorkerServer:
     def __init__(self, config: WorkerConfig, build_role: Callable[[Worker], Role], engine: EngineLink, clock: Clock):
         self.worker = Worker(config, engine, clock)
+        observe(self.worker)
         self._role = build_role(self.worker)
         self._drain = Drain(self.worker)
         self._names = (WORKER_SERVICE, *self._role.service_names)
@@ -137,6 +140,7 @@ async def serve_worker(config: WorkerConfig, build_role: Callable[[Worker], Role
     clock = MonotonicClock()
     try:
         config.validate()
+        stop_telemetry = start_telemetry(config.role, config.worker_id)
         _make_run_dir(Path(config.run_dir))
         engine = EngineClient(config.run_dir, config.worker_id, clock, hung_after_s=config.hung_after_s)
         server = WorkerServer(config, build_role, engine, clock)
@@ -154,6 +158,7 @@ async def serve_worker(config: WorkerConfig, build_role: Callable[[Worker], Role
         starting.cancel()
         await asyncio.wait([starting])  # an engine that is just being spawned must not be missed
         await server.stop()
+        await asyncio.to_thread(stop_telemetry)
         _remove_engine_files(config)
         for number in SIGNALS:
             loop.remove_signal_handler(number)

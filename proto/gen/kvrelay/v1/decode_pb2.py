@@ -26,7 +26,7 @@ from kvrelay.v1 import common_pb2 as kvrelay_dot_v1_dot_common__pb2
 from kvrelay.v1 import prefill_pb2 as kvrelay_dot_v1_dot_prefill__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kvrelay/v1/decode.proto\x12\nkvrelay.v1\x1a\x17kvrelay/v1/common.proto\x1a\x18kvrelay/v1/prefill.proto\"\xad\x01\n\x0b\x44\x65\x63odeStart\x12&\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x15.kvrelay.v1.AttemptId\x12*\n\ngeneration\x18\x02 \x01(\x0b\x32\x16.kvrelay.v1.Generation\x12$\n\x06ticket\x18\x03 \x01(\x0b\x32\x14.kvrelay.v1.KvTicket\x12$\n\x04hint\x18\x04 \x01(\x0b\x32\x16.kvrelay.v1.PrefixHint\"`\n\x0c\x44\x65\x63odeResume\x12&\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x15.kvrelay.v1.AttemptId\x12(\n\x07\x63hoices\x18\x02 \x03(\x0b\x32\x17.kvrelay.v1.ChoiceState\"\x1d\n\x0b\x44\x65\x63odeAbort\x12\x0e\n\x06reason\x18\x01 \x01(\t\"%\n\x12\x44\x65\x63odeAbortChoices\x12\x0f\n\x07\x63hoices\x18\x01 \x03(\r\"\xd3\x01\n\rDecodeRequest\x12(\n\x05start\x18\x01 \x01(\x0b\x32\x17.kvrelay.v1.DecodeStartH\x00\x12*\n\x06resume\x18\x02 \x01(\x0b\x32\x18.kvrelay.v1.DecodeResumeH\x00\x12(\n\x05\x61\x62ort\x18\x03 \x01(\x0b\x32\x17.kvrelay.v1.DecodeAbortH\x00\x12\x37\n\rabort_choices\x18\x04 \x01(\x0b\x32\x1e.kvrelay.v1.DecodeAbortChoicesH\x00\x42\t\n\x07message\"\x81\x01\n\nStepTokens\x12\x0f\n\x07handles\x18\x01 \x03(\x04\x12\x0f\n\x07\x63hoices\x18\x02 \x03(\r\x12\x11\n\tpositions\x18\x03 \x03(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12+\n\x08logprobs\x18\x05 \x03(\x0b\x32\x19.kvrelay.v1.TokenLogprobs\"<\n\x0e\x44\x65\x63odeAccepted\x12*\n\x07handoff\x18\x01 \x01(\x0b\x32\x19.kvrelay.v1.HandoffTiming\"\x8c\x01\n\x0e\x43hoiceFinished\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12(\n\x06reason\x18\x02 \x01(\x0e\x32\x18.kvrelay.v1.FinishReason\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x1a\n\rstop_token_id\x18\x04 \x01(\rH\x00\x88\x01\x01\x42\x10\n\x0e_stop_token_id\"g\n\x0bHandoffLost\x12\x17\n\x0fverified_blocks\x18\x01 \x01(\r\x12\x17\n\x0fverified_tokens\x18\x02 \x01(\r\x12&\n\x05\x63\x61use\x18\x03 \x01(\x0b\x32\x17.kvrelay.v1.ErrorDetail\"\x82\x02\n\x0b\x44\x65\x63odeEvent\x12.\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1a.kvrelay.v1.DecodeAcceptedH\x00\x12.\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x1a.kvrelay.v1.ChoiceFinishedH\x00\x12/\n\x0chandoff_lost\x18\x03 \x01(\x0b\x32\x17.kvrelay.v1.HandoffLostH\x00\x12.\n\x0bhanded_back\x18\x04 \x01(\x0b\x32\x17.kvrelay.v1.HandoffLostH\x00\x12)\n\x06\x66\x61iled\x18\x05 \x01(\x0b\x32\x17.kvrelay.v1.ErrorDetailH\x00\x42\x07\n\x05\x65vent\"o\n\x0e\x44\x65\x63odeResponse\x12(\n\x06tokens\x18\x01 \x01(\x0b\x32\x16.kvrelay.v1.StepTokensH\x00\x12(\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x17.kvrelay.v1.DecodeEventH\x00\x42\t\n\x07message\"D\n\nDecodeOpen\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12&\n\x05start\x18\x02 \x01(\x0b\x32\x17.kvrelay.v1.DecodeStart\"N\n\x12\x44\x65\x63odeResumeHandle\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12(\n\x06resume\x18\x02 \x01(\x0b\x32\x18.kvrelay.v1.DecodeResume\"[\n\x11\x44\x65\x63odeAbortHandle\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12&\n\x07\x61ttempt\x18\x02 \x01(\x0b\x32\x15.kvrelay.v1.AttemptId\x12\x0e\n\x06reason\x18\x03 \x01(\t\"a\n\x18\x44\x65\x63odeAbortChoicesHandle\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x35\n\rabort_choices\x18\x02 \x01(\x0b\x32\x1e.kvrelay.v1.DecodeAbortChoices\"\xc5\x01\n\x0e\x44\x65\x63odeReattach\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12&\n\x07\x61ttempt\x18\x02 \x01(\x0b\x32\x15.kvrelay.v1.AttemptId\x12\x45\n\x0enext_positions\x18\x03 \x03(\x0b\x32-.kvrelay.v1.DecodeReattach.NextPositionsEntry\x1a\x34\n\x12NextPositionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"\xcc\x02\n\x1b\x44\x65\x63odeServiceSessionRequest\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.kvrelay.v1.SessionHelloH\x00\x12&\n\x04open\x18\x02 \x01(\x0b\x32\x16.kvrelay.v1.DecodeOpenH\x00\x12\x30\n\x06resume\x18\x03 \x01(\x0b\x32\x1e.kvrelay.v1.DecodeResumeHandleH\x00\x12.\n\x05\x61\x62ort\x18\x04 \x01(\x0b\x32\x1d.kvrelay.v1.DecodeAbortHandleH\x00\x12.\n\x08reattach\x18\x05 \x01(\x0b\x32\x1a.kvrelay.v1.DecodeReattachH\x00\x12=\n\rabort_choices\x18\x06 \x01(\x0b\x32$.kvrelay.v1.DecodeAbortChoicesHandleH\x00\x42\t\n\x07message\"K\n\x11\x44\x65\x63odeHandleEvent\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12&\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x17.kvrelay.v1.DecodeEvent\"\xb2\x01\n\x1c\x44\x65\x63odeServiceSessionResponse\x12-\n\x07welcome\x18\x01 \x01(\x0b\x32\x1a.kvrelay.v1.SessionWelcomeH\x00\x12(\n\x06tokens\x18\x02 \x01(\x0b\x32\x16.kvrelay.v1.StepTokensH\x00\x12.\n\x05\x65vent\x18\x03 \x01(\x0b\x32\x1d.kvrelay.v1.DecodeHandleEventH\x00\x42\t\n\x07message2\xb6\x01\n\rDecodeService\x12`\n\x07Session\x12\'.kvrelay.v1.DecodeServiceSessionRequest\x1a(.kvrelay.v1.DecodeServiceSessionResponse(\x01\x30\x01\x12\x43\n\x06\x44\x65\x63ode\x12\x19.kvrelay.v1.DecodeRequest\x1a\x1a.kvrelay.v1.DecodeResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kvrelay/v1/decode.proto\x12\nkvrelay.v1\x1a\x17kvrelay/v1/common.proto\x1a\x18kvrelay/v1/prefill.proto\"\xc3\x01\n\x0b\x44\x65\x63odeStart\x12&\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x15.kvrelay.v1.AttemptId\x12*\n\ngeneration\x18\x02 \x01(\x0b\x32\x16.kvrelay.v1.Generation\x12$\n\x06ticket\x18\x03 \x01(\x0b\x32\x14.kvrelay.v1.KvTicket\x12$\n\x04hint\x18\x04 \x01(\x0b\x32\x16.kvrelay.v1.PrefixHint\x12\x14\n\x0ctrace_parent\x18\x05 \x01(\t\"`\n\x0c\x44\x65\x63odeResume\x12&\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x15.kvrelay.v1.AttemptId\x12(\n\x07\x63hoices\x18\x02 \x03(\x0b\x32\x17.kvrelay.v1.ChoiceState\"\x1d\n\x0b\x44\x65\x63odeAbort\x12\x0e\n\x06reason\x18\x01 \x01(\t\"%\n\x12\x44\x65\x63odeAbortChoices\x12\x0f\n\x07\x63hoices\x18\x01 \x03(\r\"\xd3\x01\n\rDecodeRequest\x12(\n\x05start\x18\x01 \x01(\x0b\x32\x17.kvrelay.v1.DecodeStartH\x00\x12*\n\x06resume\x18\x02 \x01(\x0b\x32\x18.kvrelay.v1.DecodeResumeH\x00\x12(\n\x05\x61\x62ort\x18\x03 \x01(\x0b\x32\x17.kvrelay.v1.DecodeAbortH\x00\x12\x37\n\rabort_choices\x18\x04 \x01(\x0b\x32\x1e.kvrelay.v1.DecodeAbortChoicesH\x00\x42\t\n\x07message\"\x81\x01\n\nStepTokens\x12\x0f\n\x07handles\x18\x01 \x03(\x04\x12\x0f\n\x07\x63hoices\x18\x02 \x03(\r\x12\x11\n\tpositions\x18\x03 \x03(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12+\n\x08logprobs\x18\x05 \x03(\x0b\x32\x19.kvrelay.v1.TokenLogprobs\"<\n\x0e\x44\x65\x63odeAccepted\x12*\n\x07handoff\x18\x01 \x01(\x0b\x32\x19.kvrelay.v1.HandoffTiming\"\x8c\x01\n\x0e\x43hoiceFinished\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12(\n\x06reason\x18\x02 \x01(\x0e\x32\x18.kvrelay.v1.FinishReason\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x1a\n\rstop_token_id\x18\x04 \x01(\rH\x00\x88\x01\x01\x42\x10\n\x0e_stop_token_id\"g\n\x0bHandoffLost\x12\x17\n\x0fverified_blocks\x18\x01 \x01(\r\x12\x17\n\x0fverified_tokens\x18\x02 \x01(\r\x12&\n\x05\x63\x61use\x18\x03 \x01(\x0b\x32\x17.kvrelay.v1.ErrorDetail\"\x82\x02\n\x0b\x44\x65\x63odeEvent\x12.\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1a.kvrelay.v1.DecodeAcceptedH\x00\x12.\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x1a.kvrelay.v1.ChoiceFinishedH\x00\x12/\n\x0chandoff_lost\x18\x03 \x01(\x0b\x32\x17.kvrelay.v1.HandoffLostH\x00\x12.\n\x0bhanded_back\x18\x04 \x01(\x0b\x32\x17.kvrelay.v1.HandoffLostH\x00\x12)\n\x06\x66\x61iled\x18\x05 \x01(\x0b\x32\x17.kvrelay.v1.ErrorDetailH\x00\x42\x07\n\x05\x65vent\"o\n\x0e\x44\x65\x63odeResponse\x12(\n\x06tokens\x18\x01 \x01(\x0b\x32\x16.kvrelay.v1.StepTokensH\x00\x12(\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x17.kvrelay.v1.DecodeEventH\x00\x42\t\n\x07message\"D\n\nDecodeOpen\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12&\n\x05start\x18\x02 \x01(\x0b\x32\x17.kvrelay.v1.DecodeStart\"N\n\x12\x44\x65\x63odeResumeHandle\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12(\n\x06resume\x18\x02 \x01(\x0b\x32\x18.kvrelay.v1.DecodeResume\"[\n\x11\x44\x65\x63odeAbortHandle\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12&\n\x07\x61ttempt\x18\x02 \x01(\x0b\x32\x15.kvrelay.v1.AttemptId\x12\x0e\n\x06reason\x18\x03 \x01(\t\"a\n\x18\x44\x65\x63odeAbortChoicesHandle\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x35\n\rabort_choices\x18\x02 \x01(\x0b\x32\x1e.kvrelay.v1.DecodeAbortChoices\"\xc5\x01\n\x0e\x44\x65\x63odeReattach\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12&\n\x07\x61ttempt\x18\x02 \x01(\x0b\x32\x15.kvrelay.v1.AttemptId\x12\x45\n\x0enext_positions\x18\x03 \x03(\x0b\x32-.kvrelay.v1.DecodeReattach.NextPositionsEntry\x1a\x34\n\x12NextPositionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"\xcc\x02\n\x1b\x44\x65\x63odeServiceSessionRequest\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.kvrelay.v1.SessionHelloH\x00\x12&\n\x04open\x18\x02 \x01(\x0b\x32\x16.kvrelay.v1.DecodeOpenH\x00\x12\x30\n\x06resume\x18\x03 \x01(\x0b\x32\x1e.kvrelay.v1.DecodeResumeHandleH\x00\x12.\n\x05\x61\x62ort\x18\x04 \x01(\x0b\x32\x1d.kvrelay.v1.DecodeAbortHandleH\x00\x12.\n\x08reattach\x18\x05 \x01(\x0b\x32\x1a.kvrelay.v1.DecodeReattachH\x00\x12=\n\rabort_choices\x18\x06 \x01(\x0b\x32$.kvrelay.v1.DecodeAbortChoicesHandleH\x00\x42\t\n\x07message\"K\n\x11\x44\x65\x63odeHandleEvent\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12&\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x17.kvrelay.v1.DecodeEvent\"\xb2\x01\n\x1c\x44\x65\x63odeServiceSessionResponse\x12-\n\x07welcome\x18\x01 \x01(\x0b\x32\x1a.kvrelay.v1.SessionWelcomeH\x00\x12(\n\x06tokens\x18\x02 \x01(\x0b\x32\x16.kvrelay.v1.StepTokensH\x00\x12.\n\x05\x65vent\x18\x03 \x01(\x0b\x32\x1d.kvrelay.v1.DecodeHandleEventH\x00\x42\t\n\x07message2\xb6\x01\n\rDecodeService\x12`\n\x07Session\x12\'.kvrelay.v1.DecodeServiceSessionRequest\x1a(.kvrelay.v1.DecodeServiceSessionResponse(\x01\x30\x01\x12\x43\n\x06\x44\x65\x63ode\x12\x19.kvrelay.v1.DecodeRequest\x1a\x1a.kvrelay.v1.DecodeResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,45 +36,45 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DECODEREATTACH_NEXTPOSITIONSENTRY']._loaded_options = None
   _globals['_DECODEREATTACH_NEXTPOSITIONSENTRY']._serialized_options = b'8\001'
   _globals['_DECODESTART']._serialized_start=91
-  _globals['_DECODESTART']._serialized_end=264
-  _globals['_DECODERESUME']._serialized_start=266
-  _globals['_DECODERESUME']._serialized_end=362
-  _globals['_DECODEABORT']._serialized_start=364
-  _globals['_DECODEABORT']._serialized_end=393
-  _globals['_DECODEABORTCHOICES']._serialized_start=395
-  _globals['_DECODEABORTCHOICES']._serialized_end=432
-  _globals['_DECODEREQUEST']._serialized_start=435
-  _globals['_DECODEREQUEST']._serialized_end=646
-  _globals['_STEPTOKENS']._serialized_start=649
-  _globals['_STEPTOKENS']._serialized_end=778
-  _globals['_DECODEACCEPTED']._serialized_start=780
-  _globals['_DECODEACCEPTED']._serialized_end=840
-  _globals['_CHOICEFINISHED']._serialized_start=843
-  _globals['_CHOICEFINISHED']._serialized_end=983
-  _globals['_HANDOFFLOST']._serialized_start=985
-  _globals['_HANDOFFLOST']._serialized_end=1088
-  _globals['_DECODEEVENT']._serialized_start=1091
-  _globals['_DECODEEVENT']._serialized_end=1349
-  _globals['_DECODERESPONSE']._serialized_start=1351
-  _globals['_DECODERESPONSE']._serialized_end=1462
-  _globals['_DECODEOPEN']._serialized_start=1464
-  _globals['_DECODEOPEN']._serialized_end=1532
-  _globals['_DECODERESUMEHANDLE']._serialized_start=1534
-  _globals['_DECODERESUMEHANDLE']._serialized_end=1612
-  _globals['_DECODEABORTHANDLE']._serialized_start=1614
-  _globals['_DECODEABORTHANDLE']._serialized_end=1705
-  _globals['_DECODEABORTCHOICESHANDLE']._serialized_start=1707
-  _globals['_DECODEABORTCHOICESHANDLE']._serialized_end=1804
-  _globals['_DECODEREATTACH']._serialized_start=1807
-  _globals['_DECODEREATTACH']._serialized_end=2004
-  _globals['_DECODEREATTACH_NEXTPOSITIONSENTRY']._serialized_start=1952
-  _globals['_DECODEREATTACH_NEXTPOSITIONSENTRY']._serialized_end=2004
-  _globals['_DECODESERVICESESSIONREQUEST']._serialized_start=2007
-  _globals['_DECODESERVICESESSIONREQUEST']._serialized_end=2339
-  _globals['_DECODEHANDLEEVENT']._serialized_start=2341
-  _globals['_DECODEHANDLEEVENT']._serialized_end=2416
-  _globals['_DECODESERVICESESSIONRESPONSE']._serialized_start=2419
-  _globals['_DECODESERVICESESSIONRESPONSE']._serialized_end=2597
-  _globals['_DECODESERVICE']._serialized_start=2600
-  _globals['_DECODESERVICE']._serialized_end=2782
+  _globals['_DECODESTART']._serialized_end=286
+  _globals['_DECODERESUME']._serialized_start=288
+  _globals['_DECODERESUME']._serialized_end=384
+  _globals['_DECODEABORT']._serialized_start=386
+  _globals['_DECODEABORT']._serialized_end=415
+  _globals['_DECODEABORTCHOICES']._serialized_start=417
+  _globals['_DECODEABORTCHOICES']._serialized_end=454
+  _globals['_DECODEREQUEST']._serialized_start=457
+  _globals['_DECODEREQUEST']._serialized_end=668
+  _globals['_STEPTOKENS']._serialized_start=671
+  _globals['_STEPTOKENS']._serialized_end=800
+  _globals['_DECODEACCEPTED']._serialized_start=802
+  _globals['_DECODEACCEPTED']._serialized_end=862
+  _globals['_CHOICEFINISHED']._serialized_start=865
+  _globals['_CHOICEFINISHED']._serialized_end=1005
+  _globals['_HANDOFFLOST']._serialized_start=1007
+  _globals['_HANDOFFLOST']._serialized_end=1110
+  _globals['_DECODEEVENT']._serialized_start=1113
+  _globals['_DECODEEVENT']._serialized_end=1371
+  _globals['_DECODERESPONSE']._serialized_start=1373
+  _globals['_DECODERESPONSE']._serialized_end=1484
+  _globals['_DECODEOPEN']._serialized_start=1486
+  _globals['_DECODEOPEN']._serialized_end=1554
+  _globals['_DECODERESUMEHANDLE']._serialized_start=1556
+  _globals['_DECODERESUMEHANDLE']._serialized_end=1634
+  _globals['_DECODEABORTHANDLE']._serialized_start=1636
+  _globals['_DECODEABORTHANDLE']._serialized_end=1727
+  _globals['_DECODEABORTCHOICESHANDLE']._serialized_start=1729
+  _globals['_DECODEABORTCHOICESHANDLE']._serialized_end=1826
+  _globals['_DECODEREATTACH']._serialized_start=1829
+  _globals['_DECODEREATTACH']._serialized_end=2026
+  _globals['_DECODEREATTACH_NEXTPOSITIONSENTRY']._serialized_start=1974
+  _globals['_DECODEREATTACH_NEXTPOSITIONSENTRY']._serialized_end=2026
+  _globals['_DECODESERVICESESSIONREQUEST']._serialized_start=2029
+  _globals['_DECODESERVICESESSIONREQUEST']._serialized_end=2361
+  _globals['_DECODEHANDLEEVENT']._serialized_start=2363
+  _globals['_DECODEHANDLEEVENT']._serialized_end=2438
+  _globals['_DECODESERVICESESSIONRESPONSE']._serialized_start=2441
+  _globals['_DECODESERVICESESSIONRESPONSE']._serialized_end=2619
+  _globals['_DECODESERVICE']._serialized_start=2622
+  _globals['_DECODESERVICE']._serialized_end=2804
 # @@protoc_insertion_point(module_scope)

@@ -28,6 +28,9 @@ class DecodeStart(_message.Message):
     GENERATION_FIELD_NUMBER: _builtins.int
     TICKET_FIELD_NUMBER: _builtins.int
     HINT_FIELD_NUMBER: _builtins.int
+    TRACE_PARENT_FIELD_NUMBER: _builtins.int
+    trace_parent: _builtins.str
+    """W3C trace context of the router's span; empty: not traced."""
     @_builtins.property
     def attempt(self) -> _common_pb2.AttemptId: ...
     @_builtins.property
@@ -47,10 +50,11 @@ class DecodeStart(_message.Message):
         generation: _common_pb2.Generation | None = ...,
         ticket: _common_pb2.KvTicket | None = ...,
         hint: _common_pb2.PrefixHint | None = ...,
+        trace_parent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "generation", b"generation", "hint", b"hint", "ticket", b"ticket"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "generation", b"generation", "hint", b"hint", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "generation", b"generation", "hint", b"hint", "ticket", b"ticket", "trace_parent", b"trace_parent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from kvrelay.v1 import common_pb2 as kvrelay_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18kvrelay/v1/prefill.proto\x12\nkvrelay.v1\x1a\x17kvrelay/v1/common.proto\"\x9b\x01\n\x0ePrefillRequest\x12&\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x15.kvrelay.v1.AttemptId\x12*\n\ngeneration\x18\x02 \x01(\x0b\x32\x16.kvrelay.v1.Generation\x12\x0f\n\x07handoff\x18\x03 \x01(\x08\x12$\n\x04hint\x18\x04 \x01(\x0b\x32\x16.kvrelay.v1.PrefixHint\"\x1e\n\rPrefillQueued\x12\r\n\x05\x65ta_s\x18\x01 \x01(\x01\"N\n\x0fPrefillAccepted\x12$\n\x06ticket\x18\x01 \x01(\x0b\x32\x14.kvrelay.v1.KvTicket\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\"\x85\x01\n\x0fPrefillFinished\x12,\n\x0c\x66irst_tokens\x18\x01 \x03(\x0b\x32\x16.kvrelay.v1.FirstToken\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.kvrelay.v1.Usage\x12\x0f\n\x07queue_s\x18\x03 \x01(\x01\x12\x11\n\tcompute_s\x18\x04 \x01(\x01\"\xd4\x01\n\x0fPrefillResponse\x12+\n\x06queued\x18\x01 \x01(\x0b\x32\x19.kvrelay.v1.PrefillQueuedH\x00\x12/\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x0b\x32\x1b.kvrelay.v1.PrefillAcceptedH\x00\x12/\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1b.kvrelay.v1.PrefillFinishedH\x00\x12)\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x17.kvrelay.v1.ErrorDetailH\x00\x42\x07\n\x05\x65vent\"!\n\x0cSessionHello\x12\x11\n\trouter_id\x18\x01 \x01(\t\"9\n\x0eSessionWelcome\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x14\n\x0c\x65ngine_epoch\x18\x02 \x01(\x0c\"J\n\x0bPrefillOpen\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12+\n\x07request\x18\x02 \x01(\x0b\x32\x1a.kvrelay.v1.PrefillRequest\"F\n\x0cHandleCancel\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12&\n\x07\x61ttempt\x18\x02 \x01(\x0b\x32\x15.kvrelay.v1.AttemptId\"\xd6\x01\n\x1cPrefillServiceSessionRequest\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.kvrelay.v1.SessionHelloH\x00\x12\'\n\x04open\x18\x02 \x01(\x0b\x32\x17.kvrelay.v1.PrefillOpenH\x00\x12*\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x18.kvrelay.v1.HandleCancelH\x00\x12+\n\x07release\x18\x04 \x01(\x0b\x32\x18.kvrelay.v1.HandleCancelH\x00\x42\t\n\x07message\"\x97\x01\n\x1dPrefillServiceSessionResponse\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12-\n\x07welcome\x18\x02 \x01(\x0b\x32\x1a.kvrelay.v1.SessionWelcomeH\x00\x12,\n\x05\x65vent\x18\x03 \x01(\x0b\x32\x1b.kvrelay.v1.PrefillResponseH\x00\x42\t\n\x07message2\xba\x01\n\x0ePrefillService\x12\x62\n\x07Session\x12(.kvrelay.v1.PrefillServiceSessionRequest\x1a).kvrelay.v1.PrefillServiceSessionResponse(\x01\x30\x01\x12\x44\n\x07Prefill\x12\x1a.kvrelay.v1.PrefillRequest\x1a\x1b.kvrelay.v1.PrefillResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18kvrelay/v1/prefill.proto\x12\nkvrelay.v1\x1a\x17kvrelay/v1/common.proto\"\xb1\x01\n\x0ePrefillRequest\x12&\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x15.kvrelay.v1.AttemptId\x12*\n\ngeneration\x18\x02 \x01(\x0b\x32\x16.kvrelay.v1.Generation\x12\x0f\n\x07handoff\x18\x03 \x01(\x08\x12$\n\x04hint\x18\x04 \x01(\x0b\x32\x16.kvrelay.v1.PrefixHint\x12\x14\n\x0ctrace_parent\x18\x05 \x01(\t\"\x1e\n\rPrefillQueued\x12\r\n\x05\x65ta_s\x18\x01 \x01(\x01\"N\n\x0fPrefillAccepted\x12$\n\x06ticket\x18\x01 \x01(\x0b\x32\x14.kvrelay.v1.KvTicket\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\"\x85\x01\n\x0fPrefillFinished\x12,\n\x0c\x66irst_tokens\x18\x01 \x03(\x0b\x32\x16.kvrelay.v1.FirstToken\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.kvrelay.v1.Usage\x12\x0f\n\x07queue_s\x18\x03 \x01(\x01\x12\x11\n\tcompute_s\x18\x04 \x01(\x01\"\xd4\x01\n\x0fPrefillResponse\x12+\n\x06queued\x18\x01 \x01(\x0b\x32\x19.kvrelay.v1.PrefillQueuedH\x00\x12/\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x0b\x32\x1b.kvrelay.v1.PrefillAcceptedH\x00\x12/\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1b.kvrelay.v1.PrefillFinishedH\x00\x12)\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x17.kvrelay.v1.ErrorDetailH\x00\x42\x07\n\x05\x65vent\"!\n\x0cSessionHello\x12\x11\n\trouter_id\x18\x01 \x01(\t\"9\n\x0eSessionWelcome\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x14\n\x0c\x65ngine_epoch\x18\x02 \x01(\x0c\"J\n\x0bPrefillOpen\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12+\n\x07request\x18\x02 \x01(\x0b\x32\x1a.kvrelay.v1.PrefillRequest\"F\n\x0cHandleCancel\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12&\n\x07\x61ttempt\x18\x02 \x01(\x0b\x32\x15.kvrelay.v1.AttemptId\"\xd6\x01\n\x1cPrefillServiceSessionRequest\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.kvrelay.v1.SessionHelloH\x00\x12\'\n\x04open\x18\x02 \x01(\x0b\x32\x17.kvrelay.v1.PrefillOpenH\x00\x12*\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x18.kvrelay.v1.HandleCancelH\x00\x12+\n\x07release\x18\x04 \x01(\x0b\x32\x18.kvrelay.v1.HandleCancelH\x00\x42\t\n\x07message\"\x97\x01\n\x1dPrefillServiceSessionResponse\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12-\n\x07welcome\x18\x02 \x01(\x0b\x32\x1a.kvrelay.v1.SessionWelcomeH\x00\x12,\n\x05\x65vent\x18\x03 \x01(\x0b\x32\x1b.kvrelay.v1.PrefillResponseH\x00\x42\t\n\x07message2\xba\x01\n\x0ePrefillService\x12\x62\n\x07Session\x12(.kvrelay.v1.PrefillServiceSessionRequest\x1a).kvrelay.v1.PrefillServiceSessionResponse(\x01\x30\x01\x12\x44\n\x07Prefill\x12\x1a.kvrelay.v1.PrefillRequest\x1a\x1b.kvrelay.v1.PrefillResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,27 +33,27 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvrelay.v1.prefill_pb2', _g
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PREFILLREQUEST']._serialized_start=66
-  _globals['_PREFILLREQUEST']._serialized_end=221
-  _globals['_PREFILLQUEUED']._serialized_start=223
-  _globals['_PREFILLQUEUED']._serialized_end=253
-  _globals['_PREFILLACCEPTED']._serialized_start=255
-  _globals['_PREFILLACCEPTED']._serialized_end=333
-  _globals['_PREFILLFINISHED']._serialized_start=336
-  _globals['_PREFILLFINISHED']._serialized_end=469
-  _globals['_PREFILLRESPONSE']._serialized_start=472
-  _globals['_PREFILLRESPONSE']._serialized_end=684
-  _globals['_SESSIONHELLO']._serialized_start=686
-  _globals['_SESSIONHELLO']._serialized_end=719
-  _globals['_SESSIONWELCOME']._serialized_start=721
-  _globals['_SESSIONWELCOME']._serialized_end=778
-  _globals['_PREFILLOPEN']._serialized_start=780
-  _globals['_PREFILLOPEN']._serialized_end=854
-  _globals['_HANDLECANCEL']._serialized_start=856
-  _globals['_HANDLECANCEL']._serialized_end=926
-  _globals['_PREFILLSERVICESESSIONREQUEST']._serialized_start=929
-  _globals['_PREFILLSERVICESESSIONREQUEST']._serialized_end=1143
-  _globals['_PREFILLSERVICESESSIONRESPONSE']._serialized_start=1146
-  _globals['_PREFILLSERVICESESSIONRESPONSE']._serialized_end=1297
-  _globals['_PREFILLSERVICE']._serialized_start=1300
-  _globals['_PREFILLSERVICE']._serialized_end=1486
+  _globals['_PREFILLREQUEST']._serialized_end=243
+  _globals['_PREFILLQUEUED']._serialized_start=245
+  _globals['_PREFILLQUEUED']._serialized_end=275
+  _globals['_PREFILLACCEPTED']._serialized_start=277
+  _globals['_PREFILLACCEPTED']._serialized_end=355
+  _globals['_PREFILLFINISHED']._serialized_start=358
+  _globals['_PREFILLFINISHED']._serialized_end=491
+  _globals['_PREFILLRESPONSE']._serialized_start=494
+  _globals['_PREFILLRESPONSE']._serialized_end=706
+  _globals['_SESSIONHELLO']._serialized_start=708
+  _globals['_SESSIONHELLO']._serialized_end=741
+  _globals['_SESSIONWELCOME']._serialized_start=743
+  _globals['_SESSIONWELCOME']._serialized_end=800
+  _globals['_PREFILLOPEN']._serialized_start=802
+  _globals['_PREFILLOPEN']._serialized_end=876
+  _globals['_HANDLECANCEL']._serialized_start=878
+  _globals['_HANDLECANCEL']._serialized_end=948
+  _globals['_PREFILLSERVICESESSIONREQUEST']._serialized_start=951
+  _globals['_PREFILLSERVICESESSIONREQUEST']._serialized_end=1165
+  _globals['_PREFILLSERVICESESSIONRESPONSE']._serialized_start=1168
+  _globals['_PREFILLSERVICESESSIONRESPONSE']._serialized_end=1319
+  _globals['_PREFILLSERVICE']._serialized_start=1322
+  _globals['_PREFILLSERVICE']._serialized_end=1508
 # @@protoc_insertion_point(module_scope)

@@ -27,8 +27,11 @@ class PrefillRequest(_message.Message):
     GENERATION_FIELD_NUMBER: _builtins.int
     HANDOFF_FIELD_NUMBER: _builtins.int
     HINT_FIELD_NUMBER: _builtins.int
+    TRACE_PARENT_FIELD_NUMBER: _builtins.int
     handoff: _builtins.bool
     """False: nobody will read the KV (max_tokens = 1, or a warm-up); no ticket is issued."""
+    trace_parent: _builtins.str
+    """W3C trace context of the router's span; empty: not traced."""
     @_builtins.property
     def attempt(self) -> _common_pb2.AttemptId: ...
     @_builtins.property
@@ -42,10 +45,11 @@ class PrefillRequest(_message.Message):
         generation: _common_pb2.Generation | None = ...,
         handoff: _builtins.bool = ...,
         hint: _common_pb2.PrefixHint | None = ...,
+        trace_parent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "generation", b"generation", "hint", b"hint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "generation", b"generation", "handoff", b"handoff", "hint", b"hint"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "generation", b"generation", "handoff", b"handoff", "hint", b"hint", "trace_parent", b"trace_parent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,61 @@
+"""A worker's load as OpenTelemetry metrics: read off the engine's latest beat whenever they are collected.
+
+The names and units are documented in docs/operations.md. Who collects, and how often, is `kvrelay_core.telemetry`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from opentelemetry import metrics
+from opentelemetry.metrics import CallbackOptions, Observation
+
+from kvrelay_engine.messages import Load
+from kvrelay_worker.worker import Worker
+
+
+class Reading(NamedTuple):
+    name: str
+    unit: str
+    of: Callable[[Load], float]
+
+
+# What goes up and down.
+GAUGES = (
+    Reading("kvrelay.requests.waiting", "{request}", lambda load: load.requests_waiting),
+    Reading("kvrelay.requests.waiting_remote_kv", "{request}", lambda load: load.requests_waiting_remote_kv),
+    Reading("kvrelay.requests.running", "{request}", lambda load: load.requests_running),
+    Reading("kvrelay.tokens.queued", "{token}", lambda load: load.tokens_queued),
+    Reading("kvrelay.kv.blocks.total", "{block}", lambda load: load.blocks_total),
+    Reading("kvrelay.kv.blocks.in_use", "{block}", lambda load: load.blocks_in_use),
+    Reading("kvrelay.kv.blocks.cached", "{block}", lambda load: load.blocks_cached),
+    Reading("kvrelay.kv.blocks.pinned", "{block}", lambda load: load.blocks_pinned),
+    Reading("kvrelay.kv.pinned_share", "1", lambda load: load.blocks_pinned / max(1, load.blocks_total)),
+    Reading("kvrelay.kv.blocks.quarantined", "{block}", lambda load: load.blocks_quarantined),
+    Reading("kvrelay.kv.leases", "{lease}", lambda load: load.leases),
+    Reading("kvrelay.kv.transfers", "{transfer}", lambda load: load.transfers),
+)
+# What only goes up, since the engine's start.
+COUNTERS = (
+    Reading("kvrelay.engine.steps", "{step}", lambda load: load.steps),
+    Reading("kvrelay.kv.handoff.size", "By", lambda load: load.handoff_bytes),
+    Reading("kvrelay.kv.handoff.time", "s", lambda load: load.handoff_s),
+    Reading("kvrelay.kv.stale_reads", "{read}", lambda load: load.stale_reads),
+    Reading("kvrelay.kv.expired_leases", "{lease}", lambda load: load.expired_leases),
+    Reading("kvrelay.kv.prefix_blocks_pulled", "{block}", lambda load: load.prefix_blocks_pulled),
+)
+
+
+def observe(worker: Worker) -> None:
+    """Makes the instruments of a worker; they cost nothing where nobody collects."""
+    meter = metrics.get_meter("kvrelay")
+    for reading in GAUGES:
+        meter.create_observable_gauge(reading.name, [_callback(worker, reading)], reading.unit)
+    for reading in COUNTERS:
+        meter.create_observable_counter(reading.name, [_callback(worker, reading)], reading.unit)
+
+
+def _callback(worker: Worker, reading: Reading) -> Callable[[CallbackOptions], Iterable[Observation]]:
+    attributes = {"kvrelay.role": worker.config.role}
+    return lambda options: [Observation(reading.of(worker.engine.load), attributes)]
