@@ -19,19 +19,21 @@ from dataclasses import dataclass, field
 from msgspec import Struct
 
 from kvrelay_core.clock import Clock
-from kvrelay_core.errors import KvRelayError, MismatchError, StaleTicketError, TransferError
+from kvrelay_core.errors import KvRelayError, MismatchError, StaleTicketError, TransferError, UnsupportedError
 from kvrelay_core.hashing import HASH_BYTES
 from kvrelay_core.request import HandoffTiming, PrefixHint
 from kvrelay_engine.block_pool import BlockPool
-from kvrelay_engine.handoff_peers import PeerLinks
+from kvrelay_engine.handoff_peers import ActiveLink, PeerLinks
 from kvrelay_engine.message_kinds import Event
 from kvrelay_engine.prefix_cache import PrefixCache
 from kvrelay_engine.prefix_messages import PrefixFound, PrefixPulled, PrefixWanted
+from kvrelay_engine.pull_plan import PullPlan
 from kvrelay_engine.sequence import Sequence
 from kvrelay_engine.throughput import Throughput
 from kvrelay_transfer.connectors.base import BlockRead, Transfer, TransferState
 from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.quarantine import Quarantine
+from kvrelay_transfer.slice_plan import BlockPairs
 from kvrelay_transfer.ticket import KvTicket
 
 log = logging.getLogger(__name__)
@@ -47,8 +49,9 @@ class PullLimits(Struct, frozen=True):
 
 @dataclass(slots=True, eq=False)
 class _PostedRead:
-    first: int  # index in the ticket
-    blocks: tuple[int, ...]  # the local destination
+    positions: tuple[int, ...]  # of our blocks that it fills
+    expected_words: tuple[int, ...]
+    size_bytes: int
     transfer: Transfer
 
 
@@ -58,12 +61,14 @@ class _Pull:
     num_units: int  # hash units asked for
     until_s: float
     ticket: KvTicket | None = None
-    keys: list[bytes] = field(default_factory=list)  # of the ticket's blocks
-    num_cached: int = 0  # of the ticket's blocks, found here when it came
-    blocks: list[int] = field(default_factory=list)  # held, in the ticket's order: cached ones, then destinations
-    next_read: int = 0
+    plan: PullPlan | None = None  # with the ticket
+    keys: list[bytes] = field(default_factory=list)  # of our blocks
+    num_cached: int = 0  # of our blocks, found here when the ticket came
+    blocks: list[int] = field(default_factory=list)  # ours, held: cached ones, then destinations
+    next_read: int = 0  # of the ticket's blocks
     reads: list[_PostedRead] = field(default_factory=list)
     num_pulled: int = 0
+    pulled_bytes: int = 0
     reading_since_s: float | None = None
     connector: str = ""
     is_over: bool = False
@@ -95,7 +100,6 @@ class PrefixPulls:
         self._reserve = reserve
         self._model_fingerprint = model_fingerprint
         self._limits = limits or PullLimits()
-        self._max_read_blocks = max(1, self._limits.max_read_bytes // layout.block_bytes)
         self._quarantine = Quarantine(int(self._limits.max_quarantined_share * pool.num_blocks))
         self._pulls: dict[int, _Pull] = {}
         self.num_pulled_blocks = 0
@@ -144,12 +148,12 @@ class PrefixPulls:
             pull.is_over = True
             return
         try:
-            self._check(message.ticket, pull)
-        except MismatchError as error:
+            pull.plan = self._plan(message.ticket, pull)
+        except (MismatchError, UnsupportedError) as error:
             log.warning("a prefix cannot be pulled from %s: %s", message.ticket.source_address, error.message)
             pull.is_over = True
             return
-        self._hold_blocks(pull, message.ticket)
+        self._hold_blocks(pull, message.ticket, pull.plan)
 
     def poll(self) -> list[Sequence]:
         """Never blocks. Returns those whose pull is over, whatever came of it; they hold nothing."""
@@ -167,18 +171,23 @@ class PrefixPulls:
         pull = self._pulls.pop(request_id, None)
         if pull is None:
             return
-        posted = {block for read in pull.reads for block in read.blocks}
-        self._pool.release(block for block in pull.blocks if block not in posted)
+        posted = {position for read in pull.reads for position in read.positions}
+        self._pool.release(block for position, block in enumerate(pull.blocks) if position not in posted)
         for read in pull.reads:
             assert pull.ticket is not None
-            self._quarantine.add(pull.ticket.source_address, read.transfer, read.blocks)
+            blocks = [pull.blocks[position] for position in read.positions]
+            self._quarantine.add(pull.ticket.source_address, read.transfer, blocks)
         self._collect_quarantine()
         self._emit(PrefixPulled(request_id, self._timing(pull)))
 
     # ------------------------------------------------------------------------------------------ internal
 
-    def _check(self, ticket: KvTicket, pull: _Pull) -> None:
-        """Raises MismatchError unless the ticket is for a prefix of what was asked for."""
+    def _plan(self, ticket: KvTicket, pull: _Pull) -> PullPlan:
+        """What of the ticket fills whole hits of ours.
+
+        Raises MismatchError unless it is for a prefix of what was asked for, UnsupportedError for a source of several
+        ranks.
+        """
         self._layout.check_compatible(ticket.layout)
         if ticket.model_fingerprint != self._model_fingerprint:
             raise MismatchError("the ticket is for another model or other weights")
@@ -187,28 +196,29 @@ class PrefixPulls:
         is_ours = (
             asked.startswith(ticket.unit_hashes) and ticket.num_tokens == num_units * self._layout.hash_unit_tokens
         )
-        num_blocks = self._layout.blocks_for(ticket.num_tokens)
         group = ticket.groups[0] if len(ticket.groups) == 1 else None
+        num_blocks = ticket.layout.blocks_for(ticket.num_tokens)
         if not is_ours or group is None or not len(group.blocks) == len(group.words) == num_blocks:
             raise MismatchError("the ticket is not for the tokens that were asked for")
+        return PullPlan(ticket.layout, self._layout, ticket.num_tokens - ticket.num_tokens % self._layout.hit_tokens)
 
-    def _hold_blocks(self, pull: _Pull, ticket: KvTicket) -> None:
+    def _hold_blocks(self, pull: _Pull, ticket: KvTicket, plan: PullPlan) -> None:
         """Our cached blocks first, so that room for the missing ones is not made at their cost."""
-        num_blocks = len(ticket.groups[0].blocks)
-        keys = pull.sequence.chain.keys()[:num_blocks]
+        keys = pull.sequence.chain.keys()[: plan.local_blocks]
         cached = self._pool.lookup(keys)
         self._pool.pin(cached)
-        missing = self._reserve(num_blocks - len(cached)) if len(cached) < num_blocks else None
+        missing = self._reserve(len(keys) - len(cached)) if len(cached) < len(keys) else None
         pull.ticket, pull.keys, pull.blocks = ticket, keys, cached + (missing or [])
-        pull.num_cached = pull.next_read = len(cached)
+        pull.num_cached = len(cached)
+        pull.next_read = plan.source_blocks_in(len(cached))
         pull.is_over = not missing
 
     def _advance(self, pull: _Pull) -> None:
         try:
             self._collect_reads(pull)
-            if pull.ticket is not None and not pull.is_over:
-                self._post_reads(pull, pull.ticket)
-                pull.is_over = pull.next_read == len(pull.blocks) and not pull.reads
+            if pull.ticket is not None and pull.plan is not None and not pull.is_over:
+                self._post_reads(pull, pull.ticket, pull.plan)
+                pull.is_over = pull.next_read == pull.plan.source_blocks and not pull.reads
         except KvRelayError as error:
             log.info("a prefix pull ended early: %s", error.message)
             self.stale_reads += isinstance(error, StaleTicketError)
@@ -228,34 +238,39 @@ class PrefixPulls:
 
     def _take_in(self, pull: _Pull, read: _PostedRead) -> None:
         """Compares the words that followed the data with the ticket's (PROTOCOL A6): all or nothing."""
-        assert pull.ticket is not None
-        end = read.first + len(read.blocks)
-        if tuple(read.transfer.words) != pull.ticket.groups[0].words[read.first : end]:
+        if tuple(read.transfer.words) != read.expected_words:
             raise StaleTicketError("blocks of the prefix were reused before they were read; nothing of it is used")
-        for block, key in zip(read.blocks, pull.keys[read.first : end], strict=True):
-            self._pool.publish(block, key)
-        pull.num_pulled += len(read.blocks)
-        self.num_pulled_blocks += len(read.blocks)
+        for position in read.positions:
+            self._pool.publish(pull.blocks[position], pull.keys[position])
+        pull.num_pulled += len(read.positions)
+        pull.pulled_bytes += read.size_bytes
+        self.num_pulled_blocks += len(read.positions)
 
-    def _post_reads(self, pull: _Pull, ticket: KvTicket) -> None:
-        group = ticket.groups[0]
-        while pull.next_read < len(pull.blocks) and len(pull.reads) < self._limits.max_reads:
+    def _post_reads(self, pull: _Pull, ticket: KvTicket, plan: PullPlan) -> None:
+        while pull.next_read < plan.source_blocks and len(pull.reads) < self._limits.max_reads:
             active = self._peers.find(ticket.source_address, ticket.engine_epoch)
             if active is None:
                 return  # the link comes up, or the time runs out
             first = pull.next_read
-            end = pull.next_read = min(first + self._max_read_blocks, len(pull.blocks))
-            local = tuple(pull.blocks[first:end])
-            transfer = active.link.read(BlockRead(ticket, group.group, group.blocks[first:end], local))
-            pull.reads.append(_PostedRead(first, local, transfer))
+            end = pull.next_read = plan.read_end(first, plan.source_blocks, self._limits.max_read_bytes)
+            pull.reads.append(self._post(pull, ticket, plan, plan.pair(first, end, pull.num_cached), active))
             pull.connector = active.connector
             if pull.reading_since_s is None:
                 pull.reading_since_s = self._clock.now()
 
+    def _post(
+        self, pull: _Pull, ticket: KvTicket, plan: PullPlan, pairs: BlockPairs, active: ActiveLink
+    ) -> _PostedRead:
+        group = ticket.groups[0]
+        remote = tuple(group.blocks[position] for position in pairs.remote)
+        local = tuple(pull.blocks[position] for position in pairs.local)
+        words = tuple(group.words[position] for position in pairs.remote)
+        transfer = active.link.read(BlockRead(ticket, group.group, remote, local, pairs.slices))
+        return _PostedRead(tuple(dict.fromkeys(pairs.local)), words, plan.size_bytes(pairs), transfer)
+
     def _timing(self, pull: _Pull) -> HandoffTiming:
         reading_s = 0.0 if pull.reading_since_s is None else self._clock.now() - pull.reading_since_s
-        size_bytes = pull.num_pulled * self._layout.block_bytes
-        return HandoffTiming(size_bytes, reading_s, pull.num_pulled, pull.num_cached, pull.connector)
+        return HandoffTiming(pull.pulled_bytes, reading_s, pull.num_pulled, pull.num_cached, pull.connector)
 
     def _collect_quarantine(self) -> None:
         self._pool.release(self._quarantine.collect())

@@ -22,6 +22,7 @@ from kvrelay_engine.sequence import Sequence
 from kvrelay_engine.throughput import Throughput
 from kvrelay_transfer.connectors.base import TransferState
 from kvrelay_transfer.connectors.memory import MemoryConnector, MemoryFabric
+from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.ticket import KvTicket
 
 UNIT = LAYOUT.hash_unit_tokens  # 8 tokens, 2 blocks
@@ -32,9 +33,9 @@ HINT = PrefixHint(ADDRESS, 4 * UNIT)
 class TwoEngines:
     """The source has computed TOKENS, and the request that did is over; the reader starts empty."""
 
-    def __init__(self) -> None:
+    def __init__(self, source_layout: KvLayout = LAYOUT) -> None:
         self.clock = ManualClock()
-        self.side = SourceSide(self.clock)
+        self.side = SourceSide(self.clock, 64, layout=source_layout)
         self.leave_in_cache(TOKENS)
         self.memory = make_memory(24)
         self.pool = BlockPool(24, self.memory.words)
@@ -54,7 +55,7 @@ class TwoEngines:
         )  # fmt: skip
 
     def leave_in_cache(self, tokens: list[int]) -> None:
-        sequence = make_sequence(tokens)
+        sequence = make_sequence(tokens, layout=self.side.layout)
         ticket = self.side.prefill(sequence)
         sequence.chain.extend(tokens)
         for block, key in zip(ticket.groups[0].blocks, sequence.chain.keys(), strict=False):
@@ -318,3 +319,25 @@ def test_a_transfer_that_failed_ends_the_pull_and_keeps_what_was_verified(engine
     engines.fabric.land_all()
     engines.pulls.poll()
     engines.check()
+
+
+@pytest.mark.parametrize("block_tokens", [2, 8, 16])
+def test_a_prefix_in_blocks_of_another_size_is_pulled_as_well(block_tokens: int) -> None:
+    """Ours hold 4 tokens, a hit is 8; of blocks of 16 the source has two full ones, of others four units."""
+    engines = TwoEngines(source_layout=replace(LAYOUT, block_tokens=block_tokens))
+    sequence = engines.begin()
+    ticket = engines.ask_source()
+    assert ticket is not None and ticket.num_tokens == 4 * UNIT
+    engines.found(ticket)
+    assert engines.run() == [sequence]
+    assert engines.cached_tokens() == 4 * UNIT
+    here = engines.memory.tensor[engines.cache.match(make_sequence(TOKENS))]
+    there = engines.side.memory.tensor[list(ticket.groups[0].blocks)]
+    assert torch.equal(_in_order(here), _in_order(there))
+    engines.check()
+    engines.close()
+
+
+def _in_order(blocks: torch.Tensor) -> torch.Tensor:
+    """[layers, 2, heads, tokens, dim], as integers: random bytes may be NaN."""
+    return blocks.permute(1, 2, 3, 0, 4, 5).flatten(3, 4).view(torch.int32)
