@@ -5,6 +5,7 @@ Everything that can be wrong with flags, files or memory comes out of here as a 
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from kvrelay_engine.loader import LoadedModel, load_model
 from kvrelay_engine.messages import Event, Started
 from kvrelay_engine.model_runner import ModelRunner
 from kvrelay_engine.sizing import MemoryShare, total_bytes
+from kvrelay_engine.warm_up import warm_up
 from kvrelay_transfer.connectors.base import Connector
 from kvrelay_transfer.connectors.registry import create_connectors
 from kvrelay_transfer.layout import ELEMENT_BYTES, KvLayout
@@ -32,6 +34,8 @@ from kvrelay_transfer.pool_memory import PoolMemory
 from kvrelay_transfer.staging import BlockStaging, slot_bytes_for
 from kvrelay_transfer.staging_slots import StagingSlots
 from kvrelay_transfer.ticket import TicketSigner
+
+logger = logging.getLogger(__name__)
 
 # Of the device's memory, when nothing is said: a CPU's is shared with another worker and everybody else.
 DEFAULT_FRACTION = {"cpu": 0.3, "cuda": 0.85}
@@ -73,6 +77,16 @@ def build_engine(config: EngineConfig, clock: Clock, emit: Callable[[Event], Non
         synchronize=_synchronizer(loaded.device),
     )
     engine = Engine(config, parts)
+    started_s = clock.now()
+    warm_up(
+        parts.runner,
+        memory.tensor,
+        block_tokens=layout.block_tokens,
+        max_tokens=min(config.tokens_per_step, engine.max_model_len),
+        max_num_seqs=config.max_num_seqs,
+        synchronize=parts.synchronize,
+    )
+    logger.info("warmed up in %.2f s", clock.now() - started_s)
     return StartedEngine(engine, _describe(config, engine, parts, slots))
 
 

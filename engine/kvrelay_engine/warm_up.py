@@ -1,0 +1,54 @@
+"""Makes the first requests as fast as the later ones: steps over the null block before anybody is served.
+
+What a device does once and late is done here: weights come into memory, thread pools and libraries start, and on a
+GPU the kernels are compiled for a prompt, for one and for several decoding sequences, and for the ways to sample.
+
+Leaves no trace: it knows the runner alone, so nothing is counted, cached or measured, and the null block, which
+nobody reads, holds afterwards what it held before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from kvrelay_core.request import SamplingParams
+from kvrelay_engine.block_pool import NULL_BLOCK
+from kvrelay_engine.logit_adjustments import PromptTokens
+from kvrelay_engine.runner import BatchRow, Runner
+from kvrelay_engine.sampler import Sampler, SamplingRow
+
+PROMPT_TOKENS = 64
+NUM_DECODING = 4
+_WAYS_TO_SAMPLE = (
+    SamplingParams(temperature=0.0),
+    SamplingParams(temperature=0.8, top_p=0.9, top_k=40, repetition_penalty=1.1, logprobs=1),
+)
+
+
+def warm_up(
+    runner: Runner,
+    pool: torch.Tensor,
+    *,
+    block_tokens: int,
+    max_tokens: int,
+    max_num_seqs: int,
+    synchronize: Callable[[], None],
+) -> None:
+    """`pool` [num_blocks, ...] is the runner's. A prompt is no longer than `max_tokens`, context included."""
+    kept = pool[NULL_BLOCK].clone()
+    num_tokens = max(1, min(PROMPT_TOKENS, max_tokens - 1))
+    table = [NULL_BLOCK] * (num_tokens // block_tokens + 1)
+    prompt = BatchRow([0] * num_tokens, 0, table, wants_logits=True)
+    decoding = BatchRow([0], num_tokens, table, wants_logits=True)
+    for batch in ([prompt], [decoding], [decoding] * min(NUM_DECODING, max_num_seqs), [decoding, prompt]):
+        logits_RV = runner.run(batch)
+        for params in _WAYS_TO_SAMPLE:
+            Sampler().sample(logits_RV, [_row(index, params) for index in range(len(batch))])
+    pool[NULL_BLOCK].copy_(kept)
+    synchronize()
+
+
+def _row(index: int, params: SamplingParams) -> SamplingRow:
+    return SamplingRow(index, params, seed=0, choice=0, position=1, prompt=PromptTokens((0,)), output=[0])

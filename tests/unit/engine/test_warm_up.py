@@ -1,0 +1,85 @@
+"""Before the first request: every shape once, and nothing of it is left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+from engine_rig import make_config
+from made_checkpoints import CheckpointMaker
+from model_rig import BLOCK_TOKENS, ModelRig
+
+from kvrelay_core.clock import ManualClock
+from kvrelay_engine import messages
+from kvrelay_engine.loader import load_model
+from kvrelay_engine.runner import BatchRow
+from kvrelay_engine.startup import build_engine
+from kvrelay_engine.warm_up import NUM_DECODING, PROMPT_TOKENS, warm_up
+
+
+@pytest.fixture
+def rig(checkpoint: CheckpointMaker) -> ModelRig:
+    return ModelRig(load_model(str(checkpoint("llama_plain")), "float32", "cpu"), num_blocks=8)
+
+
+def warm(rig: ModelRig, max_tokens: int = 1000, max_num_seqs: int = 8) -> list[list[int]]:
+    """The tokens of each row of each step."""
+    batches: list[list[int]] = []
+    run = rig.runner.run
+
+    class Watching:
+        vocab_size = rig.runner.vocab_size
+
+        def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+            raise AssertionError("no block is copied")
+
+        def run(self, batch: Sequence[BatchRow]) -> torch.Tensor:
+            batches.append([len(row.token_ids) for row in batch])
+            logits_RV = run(batch)
+            assert not logits_RV.isnan().any()
+            return logits_RV
+
+    warm_up(
+        Watching(),
+        rig.pool,
+        block_tokens=BLOCK_TOKENS,
+        max_tokens=max_tokens,
+        max_num_seqs=max_num_seqs,
+        synchronize=lambda: None,
+    )
+    return batches
+
+
+def test_prompts_and_batches_of_decoding_are_run_once(rig: ModelRig) -> None:
+    assert warm(rig) == [[PROMPT_TOKENS], [1], [1] * NUM_DECODING, [1, PROMPT_TOKENS]]
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, BLOCK_TOKENS, BLOCK_TOKENS + 1])
+def test_it_fits_into_a_small_engine(rig: ModelRig, max_tokens: int) -> None:
+    batches = warm(rig, max_tokens, max_num_seqs=1)
+    assert batches[0] == [max(1, max_tokens - 1)] and batches[2] == [1]
+
+
+def test_no_block_is_changed(rig: ModelRig) -> None:
+    rig.pool.fill_(3.5)
+    warm(rig)
+    assert bool((rig.pool == 3.5).all())
+
+
+def test_the_engine_has_counted_and_measured_nothing(checkpoint: CheckpointMaker, tmp_path: Path) -> None:
+    events: list[messages.Event] = []
+    config = make_config(
+        "prefill", model=str(checkpoint("llama_plain")), run_dir=str(tmp_path), kv_blocks=8,
+        block_tokens=16, hash_unit_tokens=16, connectors=("shm",), dtype="float32", max_model_len=64,
+    )  # fmt: skip
+    with ExitStack() as stack:
+        engine = build_engine(config, ManualClock(), events.append, stack).engine
+        load = engine.load.report(0)
+        assert (load.blocks_in_use, load.blocks_cached, load.steps, load.tokens_queued) == (0, 0, 0, 0)
+        assert engine._throughput.seconds_for(1) == 0.0
+        engine.load.check_integrity()
+        assert events == []
+        engine.close()
