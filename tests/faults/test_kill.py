@@ -86,9 +86,8 @@ async def test_sigkill_in_the_middle(wide: Cluster, model_dir: Path, role: str, 
         await progress.reached(after_tokens)
         assert not any(task.done() for task in asking), "the kill came too late to prove anything"
         os.kill(pid, signal.SIGKILL)
-        answers = await asyncio.gather(*asking)
-        for got, wanted in zip(answers, expected, strict=True):
-            assert isinstance(got, KvRelayError) or got == wanted, "a wrong answer"
+        # One worker is lost and another of its role lives: one new placement, which each request may have, is enough.
+        assert await asyncio.gather(*asking) == expected
         # The other worker of the role answers at once.
         assert await ask_greedy(client, prompts[0], NUM_TOKENS) == expected[0]
         await asyncio.to_thread(wide.wait_restarted, role, 0, old_pid)
