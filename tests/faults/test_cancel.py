@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 import signal
 import subprocess
@@ -58,6 +59,26 @@ async def test_before_the_first_token(cluster: Cluster, delay_s: float) -> None:
     async with cluster.client() as client:
         await cancel_after(client, None, delay_s, make_prompt(VOCAB_SIZE, 3000, int(delay_s * 1000)))
         await asyncio.to_thread(cluster.assert_no_leaks)
+
+
+async def test_in_the_handoff_itself(cluster: Cluster) -> None:
+    """Decode's engine stands still, shorter than a lease lasts: no hand-off ends before the cancel is there."""
+    engine = cluster.engine_pid_of("decode")
+    pulled_bytes = cluster.load_of("decode").handoff_bytes
+    async with cluster.client() as client:
+        os.kill(engine, signal.SIGSTOP)
+        try:
+            prompt = make_prompt(VOCAB_SIZE, 300, 77)
+            async with client.generate(token_ids=prompt, temperature=0, max_tokens=400, ignore_eos=True) as stream:
+                await anext(stream)
+                held = await asyncio.to_thread(cluster.load_of, "prefill")
+        finally:
+            os.kill(engine, signal.SIGCONT)
+        # Prefill had finished, its ticket waited for a reader, and the reader had read nothing.
+        assert held.requests_running == held.requests_waiting == 0
+        assert held.leases == 1 and held.blocks_pinned > 0
+        await asyncio.to_thread(cluster.assert_no_leaks)
+        assert cluster.load_of("decode").handoff_bytes == pulled_bytes
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 30])

@@ -172,13 +172,16 @@ class Cluster:
 
     def loads(self) -> dict[str, pb.WatchLoadResponse]:
         """What every worker holds now, by its name such as `decode-0`; its engine checks its own books for it."""
-        found = {}
-        for role, count in self.num_workers.items():
-            for index in range(count):
-                with grpc.insecure_channel(self.address_of(role, index)) as channel:
-                    stream = WorkerServiceStub(channel).WatchLoad(pb.WatchLoadRequest(interval_s=0), timeout=10)
-                    [found[f"{role}-{index}"]] = stream
-        return found
+        return {
+            f"{role}-{index}": self.load_of(role, index)
+            for role, count in self.num_workers.items()
+            for index in range(count)
+        }
+
+    def load_of(self, role: str, index: int = 0) -> pb.WatchLoadResponse:
+        with grpc.insecure_channel(self.address_of(role, index)) as channel:
+            [load] = WorkerServiceStub(channel).WatchLoad(pb.WatchLoadRequest(interval_s=0), timeout=10)
+        return load
 
     def held(self) -> list[str]:
         """Everything that an idle cluster would not hold, such as `decode-0: 3 blocks_in_use`."""
