@@ -27,6 +27,7 @@ WORKER_FLAGS = (
     "--max-batched-tokens",
     "--dtype",
     "--threads-per-worker",
+    "--prefix-wait",
 )
 # What `up` hands to the router as it is.
 ROUTER_FLAGS = ("--served-model-name", "--api-key-file", "--placement")
@@ -113,6 +114,12 @@ def add_worker_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", metavar="NAME", help="auto, float32, bfloat16 or float16")
     group.add_argument(
         "--threads-per-worker", type=flag_types.integer(1), metavar="N", help="CPU threads of each worker's engine"
+    )
+    group.add_argument(
+        "--prefix-wait",
+        type=flag_types.number(0.0),
+        metavar="SECONDS",
+        help="longest wait for KV that another worker has of a prompt; 0: never (default: as computing it would take)",
     )
 
 

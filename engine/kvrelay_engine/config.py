@@ -55,6 +55,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     max_pinned_share: float = 0.8  # of the pool, by the tickets of this engine
     reserve_budget_s: float = 2.0  # how long a hand-off may wait for blocks before it is refused
+    prefix_wait_s: float | None = None  # for another worker's KV; None: as long as computing takes; 0: never
     resume_timeout_s: float = 10.0  # how long a lost hand-off waits for Resume or Abort
     lease: LeaseTerms = LeaseTerms()
     staging_slots: int = 8  # of the ring between this process and its service
@@ -116,6 +117,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         for name in ("step_target_s", "patience_s", "reserve_budget_s", "resume_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0 seconds", field=name)
+        if self.prefix_wait_s is not None and not self.prefix_wait_s >= 0:
+            raise ConfigError("prefix_wait_s must be 0 or more seconds", field="prefix_wait_s")
 
     def to_json(self) -> str:
         return msgspec.json.encode(self).decode()

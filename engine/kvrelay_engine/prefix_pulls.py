@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 
 class PullLimits(Struct, frozen=True):
+    wait_s: float | None = None  # None: as long as computing would take, within the two bounds
     min_wait_s: float = 0.05
     max_wait_s: float = 2.0
     max_reads: int = 4  # under way per pull
@@ -127,11 +128,9 @@ class PrefixPulls:
         unit = self._layout.hit_tokens
         num_cached = len(self._cache.match(sequence)) * self._layout.block_tokens
         num_wanted = min(hint.num_tokens, len(sequence.tokens) - 1) // unit * unit
-        if num_wanted <= num_cached:
+        if num_wanted <= num_cached or self._limits.wait_s == 0:
             return False
-        limits = self._limits
-        compute_s = self._throughput.seconds_for(num_wanted - num_cached) or limits.max_wait_s
-        until_s = self._clock.now() + min(max(compute_s, limits.min_wait_s), limits.max_wait_s)
+        until_s = self._clock.now() + self._wait_s(num_wanted - num_cached)
         num_units = num_wanted // self._layout.hash_unit_tokens
         request = sequence.request
         self._pulls[request.id] = _Pull(sequence, num_units, until_s)
@@ -181,6 +180,13 @@ class PrefixPulls:
         self._emit(PrefixPulled(request_id, self._timing(pull)))
 
     # ------------------------------------------------------------------------------------------ internal
+
+    def _wait_s(self, num_tokens: int) -> float:
+        limits = self._limits
+        if limits.wait_s is not None:
+            return limits.wait_s
+        compute_s = self._throughput.seconds_for(num_tokens) or limits.max_wait_s
+        return min(max(compute_s, limits.min_wait_s), limits.max_wait_s)
 
     def _plan(self, ticket: KvTicket, pull: _Pull) -> PullPlan:
         """What of the ticket fills whole hits of ours.

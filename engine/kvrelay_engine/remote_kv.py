@@ -17,7 +17,7 @@ from kvrelay_engine.message_kinds import Command
 from kvrelay_engine.messages import Decode, Prefill, ReleaseReason
 from kvrelay_engine.prefix_cache import PrefixCache
 from kvrelay_engine.prefix_messages import PrefixFound
-from kvrelay_engine.prefix_pulls import PrefixPulls
+from kvrelay_engine.prefix_pulls import PrefixPulls, PullLimits
 from kvrelay_engine.scheduler import Scheduler
 from kvrelay_engine.sequence import EngineRequest, Sequence
 from kvrelay_engine.throughput import Throughput
@@ -46,7 +46,7 @@ class RemoteKv:
         )  # fmt: skip
         self.pulls = PrefixPulls(
             parts.pool, parts.layout, cache, self.reader.peers, throughput, parts.clock, parts.emit,
-            scheduler.reserve_spare, model_fingerprint=fingerprint,
+            scheduler.reserve_spare, model_fingerprint=fingerprint, limits=PullLimits(wait_s=config.prefix_wait_s),
         )  # fmt: skip
 
     def begin(self, request: EngineRequest, command: Prefill | Decode) -> bool:

@@ -24,9 +24,22 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 UNIT = 64
 VOCAB = 200
-# Placement in turn: the second turn comes to a worker that has seen nothing of the first.
-TWO_PREFILL: dict[str, Any] = {"prefill": 2, "decode": 1, "placement": "round_robin", "block_tokens": 16}
-TWO_DECODE: dict[str, Any] = {"prefill": 0, "decode": 2, "placement": "round_robin", "block_tokens": 16}
+# Placement in turn: the second turn comes to a worker that has seen nothing of the first. It waits for KV even where
+# so small a model would be faster by itself.
+TWO_PREFILL: dict[str, Any] = {
+    "prefill": 2,
+    "decode": 1,
+    "placement": "round_robin",
+    "block_tokens": 16,
+    "prefix_wait": 10,
+}
+TWO_DECODE: dict[str, Any] = {
+    "prefill": 0,
+    "decode": 2,
+    "placement": "round_robin",
+    "block_tokens": 16,
+    "prefix_wait": 10,
+}
 
 
 @dataclass
@@ -112,7 +125,7 @@ async def test_another_tenant_gets_nothing_of_it(checkpoint: CheckpointMaker) ->
 
 async def test_a_holder_that_is_gone_or_hangs_costs_a_wait_and_no_more(checkpoint: CheckpointMaker) -> None:
     model_dir = checkpoint("llama3_scaled")
-    flags = {**TWO_PREFILL, "decode": 2, "placement": "round_robin"}
+    flags = {**TWO_PREFILL, "decode": 2, "prefix_wait": 1}
     with Cluster(model_dir, connector="shm", **flags) as cluster:
         async with cluster.client() as client:
             conversation = Conversation(client, model_dir)

@@ -39,7 +39,7 @@ def test_a_request_is_one_trace_with_a_span_for_its_transfers(
     prompt = make_prompt(200, 100, seed=3)
     with TraceCollector() as collector:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint)
-        flags: dict[str, Any] = {"connector": "shm", "placement": "round_robin", "block_tokens": 16}
+        flags: dict[str, Any] = {"connector": "shm", "placement": "round_robin", "block_tokens": 16, "prefix_wait": 10}
         with Cluster(checkpoint("llama3_scaled"), prefill=2, **flags) as cluster:
             answer = generate(cluster.target, prompt, TRACE_PARENT)
             generate(cluster.target, [*prompt, *answer, 1, 2, 3])

@@ -163,6 +163,7 @@ def _engine_config(args: argparse.Namespace) -> EngineConfig:
         "max_model_len": args.max_model_len,
         "max_num_seqs": args.max_num_seqs,
         "max_batched_tokens": args.max_batched_tokens,
+        "prefix_wait_s": args.prefix_wait,
     }
     return EngineConfig(
         role=args.role,

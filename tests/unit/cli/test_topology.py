@@ -38,7 +38,18 @@ def test_workers_get_their_own_port_name_and_folder() -> None:
     assert [value_after(decode, flag) for flag in ("--worker-id", "--grpc-port", "--run-dir", "--peers")] == [
         "decode-0", "9002", "/run/x/decode-0", "127.0.0.1:9001",
     ]  # fmt: skip
-    assert value_after(prefill, "--peers") is None
+    assert value_after(prefill, "--peers") == "127.0.0.1:9002"
+
+
+def test_decode_reads_everybody_and_prefill_reads_decode() -> None:
+    """Hand-offs, and the KV that the last turn of a conversation left at decode."""
+    workers = plan("--prefill", "2", "--decode", "2")[1:]
+    assert [value_after(worker, "--peers") for worker in workers] == [
+        "127.0.0.1:9003,127.0.0.1:9004",
+        "127.0.0.1:9003,127.0.0.1:9004",
+        "127.0.0.1:9001,127.0.0.1:9002,127.0.0.1:9004",
+        "127.0.0.1:9001,127.0.0.1:9002,127.0.0.1:9003",
+    ]
 
 
 def test_flags_are_passed_on_under_the_same_name_and_only_when_set() -> None:

@@ -211,6 +211,23 @@ def test_waiting_ends_when_computing_would_have_been_as_fast(engines: TwoEngines
     engines.check()
 
 
+def test_the_wait_can_be_set_and_be_none_at_all(engines: TwoEngines) -> None:
+    def begin(wait_s: float) -> tuple[bool, PrefixPulls]:
+        pulls = PrefixPulls(
+            engines.pool, LAYOUT, engines.cache, engines.peers, engines.throughput, engines.clock,
+            engines.events.append, engines.reserve, model_fingerprint=MODEL, limits=PullLimits(wait_s=wait_s),
+        )  # fmt: skip
+        return pulls.begin(make_sequence(TOKENS), HINT), pulls
+
+    engines.throughput.record(num_tokens=32, seconds=0.01)
+    assert not begin(0.0)[0]
+    does_wait, pulls = begin(7.0)
+    engines.clock.advance(6.9)
+    assert does_wait and not pulls.poll()
+    engines.clock.advance(0.2)
+    assert len(pulls.poll()) == 1
+
+
 def test_a_read_that_does_not_end_keeps_its_blocks_to_itself(engines: TwoEngines) -> None:
     engines.begin()
     engines.found(engines.ask_source())

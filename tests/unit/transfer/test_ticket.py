@@ -42,6 +42,7 @@ ALTERED: dict[str, Any] = {
     "unit_hashes": b"i" * 32,
     "lease": LeaseTerms(wall_cap_s=1e9),
     "mac": b"x" * 32,
+    "is_pinned": False,
 }
 
 
