@@ -53,6 +53,7 @@ def build_engine(config: EngineConfig, clock: Clock, emit: Callable[[Event], Non
     """What has to be closed at the end is entered into `stack`. Raises ConfigError."""
     torch.set_num_threads(config.num_threads)
     Path(config.run_dir).mkdir(mode=0o700, parents=True, exist_ok=True)
+    _make_current(torch.device(config.device))
     loaded = load_model(config.model, config.dtype, config.device, max_model_len=config.max_model_len)
     layout = loaded.kv_layout(config.block_tokens, config.hash_unit_tokens)
     epoch = secrets.token_bytes(16)
@@ -88,6 +89,12 @@ def build_engine(config: EngineConfig, clock: Clock, emit: Callable[[Event], Non
     )
     logger.info("warmed up in %.2f s", clock.now() - started_s)
     return StartedEngine(engine, _describe(config, engine, parts, slots))
+
+
+def _make_current(device: torch.device) -> None:
+    """Triton launches on the current device, whatever its tensors are on."""
+    if device.type == "cuda" and device.index is not None and device.index < torch.cuda.device_count():
+        torch.cuda.set_device(device)  # one that does not exist is the loader's to refuse
 
 
 def _count_blocks(config: EngineConfig, loaded: LoadedModel, layout: KvLayout) -> int:

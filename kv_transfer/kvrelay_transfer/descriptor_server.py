@@ -1,5 +1,7 @@
 """Hands the descriptor of a pool's segment to peers on this host, over a Unix socket in the run directory.
 
+With it may go further descriptors, such as a pipe whose end tells the peer that the owner has died.
+
 Only processes of the same user get it, on either side. One thread, which blocks in accept() and sends a few
 bytes per peer and start; the socket file is all that a killed owner leaves, and its next start replaces it.
 """
@@ -23,12 +25,12 @@ _UCRED = struct.Struct("3i")  # pid, uid, gid
 
 
 class DescriptorServer:
-    def __init__(self, path: Path, fd: int) -> None:
-        """Listens at `path`, replacing what a former start left there. `fd` stays the caller's."""
+    def __init__(self, path: Path, *fds: int) -> None:
+        """Listens at `path`, replacing what a former start left there. `fds` stay the caller's."""
         if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
             raise ConfigError(f"the socket path {path} is over {MAX_SOCKET_PATH_BYTES} bytes; use a shorter --run-dir")
         self.path = path
-        self._fd = fd
+        self._fds = fds
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         path.unlink(missing_ok=True)
         self._listener.bind(str(path))
@@ -54,7 +56,7 @@ class DescriptorServer:
             with peer, contextlib.suppress(OSError):
                 peer.settimeout(_PEER_TIMEOUT_S)
                 if peer_uid(peer) == os.geteuid():
-                    socket.send_fds(peer, [GREETING], [self._fd])
+                    socket.send_fds(peer, [GREETING], self._fds)
 
 
 def fetch_descriptor(path: str) -> int:
@@ -62,20 +64,26 @@ def fetch_descriptor(path: str) -> int:
 
     Raises TransferError when nobody of this user gives one within a second.
     """
+    [fd] = fetch_descriptors(path, 1)
+    return fd
+
+
+def fetch_descriptors(path: str, count: int) -> list[int]:
+    """New descriptors of the segment and of `count - 1` more that its owner hands out. Raises TransferError."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
             connection.settimeout(_PEER_TIMEOUT_S)
             connection.connect(path)
             if peer_uid(connection) != os.geteuid():
                 raise TransferError(f"the owner of {path} is another user")
-            greeting, fds, _, _ = socket.recv_fds(connection, len(GREETING), 1)
+            greeting, fds, _, _ = socket.recv_fds(connection, len(GREETING), count)
     except OSError as error:
         raise TransferError(f"no KV pool can be mapped through {path}: {error}") from error
-    if greeting != GREETING or len(fds) != 1:
+    if greeting != GREETING or len(fds) != count:
         for fd in fds:
             os.close(fd)
         raise TransferError(f"the process at {path} gave no pool; it may run as another user")
-    return fds[0]
+    return fds
 
 
 def peer_uid(connection: socket.socket) -> int:

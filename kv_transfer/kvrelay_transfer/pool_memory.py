@@ -1,6 +1,6 @@
 """Where the KV of one rank lies: the pool tensor and its fence words.
 
-CPU: both in one sealed memfd that peers map read-only. CUDA: the tensor is a plain device allocation, the words
+CPU: both in one sealed memfd that peers map read-only. CUDA: the tensor is a plain cudaMalloc of its own, the words
 lie in a memfd. Knows which bytes are which block, not who owns them (`kvrelay_engine.block_pool`).
 """
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from kvrelay_core.errors import ConfigError
+from kvrelay_transfer.cuda_memory import allocate_tensor
 from kvrelay_transfer.fence import FenceWords
 from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.memfd import create_memfd, seal
@@ -48,7 +49,7 @@ class PoolMemory:
     def allocate(cls, layout: KvLayout, num_blocks: int, device: str, epoch: bytes) -> PoolMemory:
         """`num_blocks` counts the null block; `epoch` is the engine's, 16 bytes.
 
-        Raises ConfigError when memory is short, or when CUDA allocations could not be shared.
+        Raises ConfigError when memory is short.
         """
         layout.validate()
         if num_blocks < 2:
@@ -88,10 +89,12 @@ class PoolMemory:
         return self.tensor.data_ptr()
 
     def close(self) -> None:
-        """Gives the descriptor back; the memory goes with the last tensor and the last peer that hold it."""
+        """Gives the descriptor and the tensor back; the memory goes with the last tensor and the last peer that hold
+        it."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+        self.tensor = self.tensor.new_empty(0)
 
 
 def _cpu_tensor(layout: KvLayout, header: RegionHeader, mapping: mmap.mmap) -> torch.Tensor:
@@ -101,16 +104,6 @@ def _cpu_tensor(layout: KvLayout, header: RegionHeader, mapping: mmap.mmap) -> t
 
 
 def _cuda_tensor(layout: KvLayout, num_blocks: int, device: str) -> torch.Tensor:
-    """Plain cudaMalloc: memory of expandable segments cannot be shared with peers at speed."""
-    settings = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") + os.environ.get("PYTORCH_ALLOC_CONF", "")
-    if "expandable_segments:true" in settings.lower().replace(" ", ""):
-        raise ConfigError("expandable_segments makes the KV pool unshareable; unset it in PYTORCH_CUDA_ALLOC_CONF")
-    try:
-        return torch.zeros((num_blocks, *layout.shape), dtype=TORCH_DTYPES[layout.dtype], device=device)
-    except torch.OutOfMemoryError as error:
-        needed_gib = num_blocks * layout.block_bytes / 2**30
-        free_gib = torch.cuda.mem_get_info(device)[0] / 2**30
-        raise ConfigError(
-            f"the KV pool needs {needed_gib:.2f} GiB of {device} memory, {free_gib:.2f} GiB are free; "
-            f"lower --kv-blocks (now {num_blocks})"
-        ) from error
+    size_bytes = num_blocks * layout.block_bytes
+    flat = allocate_tensor(size_bytes, torch.device(device), f"lower --kv-blocks (now {num_blocks})")
+    return flat.view(TORCH_DTYPES[layout.dtype]).view(num_blocks, *layout.shape)

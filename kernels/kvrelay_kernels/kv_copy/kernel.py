@@ -1,16 +1,25 @@
-"""Whole-block copies in Triton; also runs in Triton's interpreter on the CPU."""
+"""Copies of blocks and rows in Triton; also run in Triton's interpreter on the CPU."""
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call, no-any-return"
 # Triton has no types: a kernel is compiled from its source, not called.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Final
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvrelay_kernels.launch import launch_for
+from kvrelay_kernels.kv_copy.rows import RowSpacing
+from kvrelay_kernels.launch import Launch, launch_for
+
+# Enough to fill NVLink, few enough to leave most of the GPU to the steps that run meanwhile.
+NUM_ROW_PROGRAMS: Final = 64
+# Columns of a tile of rows: few classes, since each is a compilation.
+_ROW_CLASSES: Final = ("long rows", "rows", "short rows")
 
 
 @triton.jit
@@ -30,6 +39,36 @@ def _copy_spans_kernel(
     tl.store(out_ptr + out * span + columns, words, mask=mask)
 
 
+@triton.jit(do_not_specialize=[
+    "num_rows", "rows_per_pair", "inner", "row_units", "num_pairs",
+    "source_outer", "source_inner", "out_outer", "out_inner",
+])  # fmt: skip
+def _copy_rows_kernel(
+    source_ptr, out_ptr, offsets_ptr, num_pairs, num_rows, rows_per_pair, inner, row_units,
+    source_outer, source_inner, out_outer, out_inner,
+    ALIGNMENT: tl.constexpr, WORDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    # Lengths and strides count units of ALIGNMENT bytes, which are WORDS elements: so the compiler sees how wide it
+    # may load. A tile is ROWS x COLUMNS elements; programs take tiles in turn.
+    row_words = row_units * WORDS
+    column_tiles = tl.cdiv(row_words, COLUMNS)
+    num_tiles = tl.cdiv(num_rows, ROWS) * column_tiles
+    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        row = (tile // column_tiles) * ROWS + tl.arange(0, ROWS)
+        column = (tile % column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
+        is_row = row < num_rows
+        pair = row // rows_per_pair
+        outer_row = (row % rows_per_pair) // inner
+        inner_row = row % inner
+        source_unit = tl.load(offsets_ptr + pair, mask=is_row, other=0) // ALIGNMENT
+        out_unit = tl.load(offsets_ptr + num_pairs + pair, mask=is_row, other=0) // ALIGNMENT
+        source_word = (source_unit + outer_row * source_outer + inner_row * source_inner) * WORDS
+        out_word = (out_unit + outer_row * out_outer + inner_row * out_inner) * WORDS
+        mask = is_row[:, None] & (column < row_words)[None, :]
+        words = tl.load(source_ptr + (source_word[:, None] + column[None, :]), mask=mask)
+        tl.store(out_ptr + (out_word[:, None] + column[None, :]), words, mask=mask)
+
+
 def copy_blocks(pool: Tensor, sources_B: Tensor, destinations_B: Tensor) -> None:
     """See `kvrelay_kernels.kv_copy.op.copy_blocks`."""
     _copy_spans(pool, sources_B, pool, destinations_B, len(sources_B))
@@ -43,6 +82,55 @@ def gather_blocks(pool: Tensor, blocks_B: Tensor, out: Tensor) -> None:
 def scatter_blocks(data: Tensor, pool: Tensor, blocks_B: Tensor) -> None:
     """See `kvrelay_kernels.kv_copy.op.scatter_blocks`."""
     _copy_spans(data, None, pool, blocks_B, len(blocks_B))
+
+
+def copy_rows(source: Tensor | int, out: Tensor, offsets_2P: Tensor, spacing: RowSpacing, alignment: int) -> None:
+    """See `kvrelay_kernels.kv_copy.op.copy_rows`."""
+    num_pairs = offsets_2P.shape[1]
+    if num_pairs == 0:
+        return
+    word = _WORDS[min(8, alignment)]
+    words_per_unit = alignment // word.itemsize
+    launch = _row_launch(spacing.row_bytes // word.itemsize, out.device)
+    _copy_rows_kernel[(NUM_ROW_PROGRAMS,)](
+        _DevicePointer(source, word) if isinstance(source, int) else source.view(word),
+        out.view(word),
+        offsets_2P,
+        num_pairs,
+        num_pairs * spacing.num_rows,
+        spacing.num_rows,
+        spacing.inner,
+        spacing.row_bytes // alignment,
+        spacing.source_outer_stride // alignment,
+        spacing.source_inner_stride // alignment,
+        spacing.out_outer_stride // alignment,
+        spacing.out_inner_stride // alignment,
+        ALIGNMENT=alignment,
+        WORDS=words_per_unit,
+        ROWS=launch.rows,
+        COLUMNS=launch.tile,
+        num_warps=launch.num_warps,
+    )
+
+
+def _row_launch(row_words: int, device: torch.device) -> Launch:
+    """The longest tile that rows of `row_words` fill; for shorter ones several rows at once."""
+    launches = [launch_for("kv_copy", name, device) for name in _ROW_CLASSES]
+    return next((launch for launch in launches if launch.tile <= row_words), launches[-1])
+
+
+_WORDS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True, slots=True)
+class _DevicePointer:
+    """What Triton asks of a tensor argument, for memory that no tensor of ours covers."""
+
+    address: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.address
 
 
 def _copy_spans(

@@ -1,4 +1,4 @@
-"""Whole-block copies: the public functions, dispatched by device.
+"""Copies of blocks and rows: the public functions, dispatched by device.
 
 A pool is [num_blocks, ...]; what a block holds does not matter here. Block numbers are a list or an int64
 tensor on the pool's device.
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvrelay_kernels.kv_copy import reference
+from kvrelay_kernels.kv_copy.rows import RowSpacing
 
 
 def copy_blocks(pool: Tensor, sources: Sequence[int] | Tensor, destinations: Sequence[int] | Tensor) -> None:
@@ -45,6 +46,22 @@ def scatter_blocks(data: Tensor, pool: Tensor, blocks: Sequence[int] | Tensor) -
 
         return kernel.scatter_blocks(data, pool, blocks_B)
     return reference.scatter_blocks(data, pool, blocks_B)
+
+
+def copy_rows(source: Tensor | int, out: Tensor, offsets_2P: Tensor, spacing: RowSpacing, alignment: int) -> None:
+    """For each pair p copies the rows that begin at byte `offsets_2P[0, p]` of `source` to `offsets_2P[1, p]` of `out`.
+
+    `source` and `out` are bytes [size]; `source` may be the address of memory that the GPU of `out` can read, such as
+    the mapped pool of a peer. `offsets_2P` is int64 on the device of `out`. `alignment` (1, 2, 4, 8 or 16) divides both
+    addresses, all offsets, strides and `row_bytes`. Rows of `out` do not overlap, and nothing here checks that rows lie
+    within their buffers.
+    """
+    if out.is_cuda:
+        from kvrelay_kernels.kv_copy import kernel
+
+        return kernel.copy_rows(source, out, offsets_2P, spacing, alignment)
+    assert isinstance(source, Tensor), "bare addresses are for GPUs"
+    return reference.copy_rows(source, out, offsets_2P, spacing, alignment)
 
 
 def _as_index(blocks: Sequence[int] | Tensor, pool: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
-"""Specs of the whole-block copies."""
+"""Specs of the copies of blocks and rows."""
 
 from __future__ import annotations
 
 import torch
 
 from kvrelay_kernels.kv_copy import reference
+from kvrelay_kernels.kv_copy.rows import RowSpacing
 from kvrelay_kernels.spec import EXACT, FLOAT_TOLERANCES, Inputs, OpSpec, Shape
 
 _SHAPES = {
@@ -42,7 +43,60 @@ def _build_scatter(shape: Shape, dtype: torch.dtype, generator: torch.Generator)
     }
 
 
+# Rows of a peer's block (its `heads`, `tokens`) that become rows of ours: `heads` and `tokens` of each are copied.
+_ROW_SHAPES = {
+    "whole blocks": {"pairs": 5, "planes": 1, "heads": (1, 1, 1), "tokens": (8, 8, 8), "dim": 640, "alignment": 16},
+    "odd": {"pairs": 3, "planes": 3, "heads": (3, 2, 1), "tokens": (4, 6, 2), "dim": 5, "alignment": 2},
+    "head slices": {"pairs": 4, "planes": 4, "heads": (4, 2, 2), "tokens": (16, 16, 16), "dim": 64, "alignment": 16},
+    "token slices": {"pairs": 7, "planes": 6, "heads": (2, 2, 2), "tokens": (64, 16, 16), "dim": 16, "alignment": 8},
+    "short rows": {"pairs": 40, "planes": 3, "heads": (2, 2, 2), "tokens": (2, 8, 2), "dim": 16, "alignment": 16},
+    "single row": {"pairs": 1, "planes": 1, "heads": (1, 1, 1), "tokens": (1, 1, 1), "dim": 16, "alignment": 4},
+    "empty": {"pairs": 0, "planes": 2, "heads": (2, 2, 2), "tokens": (4, 4, 4), "dim": 16, "alignment": 16},
+}
+
+
+def _build_rows(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+    """Two pools of blocks [planes, heads, tokens, dim]. Each pair copies from a random block to a block of its own."""
+    pairs, planes, dim_bytes = shape["pairs"], shape["planes"], shape["dim"] * dtype.itemsize
+    (source_heads, out_heads, heads), (source_tokens, out_tokens, tokens) = shape["heads"], shape["tokens"]
+    source_bytes = planes * source_heads * source_tokens * dim_bytes
+    out_bytes = planes * out_heads * out_tokens * dim_bytes
+    num_blocks = pairs + 2
+    first_row = (source_heads - heads) * source_tokens * dim_bytes + (source_tokens - tokens) * dim_bytes
+    offsets_2P = torch.stack(
+        [
+            torch.randint(0, num_blocks, (pairs,), generator=generator) * source_bytes + first_row,
+            torch.randperm(num_blocks, generator=generator)[:pairs] * out_bytes,
+        ]
+    )
+    return {
+        "source": torch.randint(0, 256, (num_blocks * source_bytes,), generator=generator, dtype=torch.uint8),
+        "out": torch.zeros(num_blocks * out_bytes, dtype=torch.uint8),
+        "offsets_2P": offsets_2P,
+        "spacing": RowSpacing(
+            outer=planes,
+            inner=heads,
+            row_bytes=tokens * dim_bytes,
+            source_outer_stride=source_heads * source_tokens * dim_bytes,
+            source_inner_stride=source_tokens * dim_bytes,
+            out_outer_stride=out_heads * out_tokens * dim_bytes,
+            out_inner_stride=out_tokens * dim_bytes,
+        ),
+        "alignment": shape["alignment"],
+    }
+
+
 SPECS = (
+    OpSpec(
+        name="copy_rows",
+        schema="copy_rows(source, out, offsets_2P, spacing, alignment) -> None",
+        reference=reference.copy_rows,
+        kernel="kvrelay_kernels.kv_copy.kernel:copy_rows",
+        shapes=_ROW_SHAPES,
+        build=_build_rows,
+        tolerances=_TOLERANCES,
+        changed=("out",),
+    ),
     OpSpec(
         name="copy_blocks",
         schema="copy_blocks(pool, sources_B, destinations_B) -> None",

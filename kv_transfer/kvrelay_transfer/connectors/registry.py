@@ -1,7 +1,7 @@
 """Which connectors this engine has, and which of them to try for a peer.
 
-Order is preference: the first one that connects carries the peer. New connectors (cuda_ipc, nixl, ucx) are one
-more case in `_create` and a place in `preferred`.
+Order is preference: the first one that connects carries the peer. New connectors are one more case in
+`create_connectors` and a place in `preferred`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ from pathlib import Path
 from kvrelay_core.clock import Clock
 from kvrelay_core.errors import ConfigError
 from kvrelay_transfer.connectors.base import Connector, ConnectorOffer
+from kvrelay_transfer.connectors.cuda_ipc import CudaIpcConnector
 from kvrelay_transfer.connectors.grpc import GrpcConnector, SocketHalf
 from kvrelay_transfer.connectors.shm import ShmConnector
 from kvrelay_transfer.pool_memory import PoolMemory
 from kvrelay_transfer.staging import BlockStaging
 
+# Of the pools that a connector can read; those not listed read any.
+_DEVICE_OF = {"shm": "cpu", "cuda_ipc": "cuda"}
+
 
 def preferred(device: str) -> tuple[str, ...]:
     """What `auto` stands for."""
-    return ("shm", "grpc") if device == "cpu" else ("grpc",)
+    return ("shm", "grpc") if device == "cpu" else ("cuda_ipc", "grpc")
 
 
 def create_connectors(
@@ -39,14 +43,19 @@ def create_connectors(
     """
     wanted = preferred(memory.device) if list(names) == ["auto"] else tuple(names)
     connectors: dict[str, Connector] = {}
+    pool_socket = run_dir / f"{worker_id.replace('/', '_')}.pool.sock"
     for name in wanted:
+        if name in _DEVICE_OF and memory.device != _DEVICE_OF[name]:
+            raise ConfigError(f"{name} connects pools on {_DEVICE_OF[name]}, and this one is on {memory.device}")
         match name:
             case "shm":
-                connectors[name] = ShmConnector(memory, clock, run_dir / f"{worker_id.replace('/', '_')}.pool.sock")
+                connectors[name] = ShmConnector(memory, clock, pool_socket)
+            case "cuda_ipc":
+                connectors[name] = CudaIpcConnector(memory, clock, pool_socket)
             case "grpc":
                 connectors[name] = GrpcConnector(memory.num_blocks, staging, socket_half, clock)
             case _:
-                raise ConfigError(f"no connector {name!r}; there are: auto, shm, grpc")
+                raise ConfigError(f"no connector {name!r}; there are: auto, cuda_ipc, shm, grpc")
     return connectors
 
 

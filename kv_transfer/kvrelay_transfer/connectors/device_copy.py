@@ -1,0 +1,122 @@
+"""Copies from a peer's mapped pool into ours, on a stream of their own beside the engine's.
+
+Two ways, which this module chooses between: the copy engines (`cudaMemcpyBatchAsync`, no multiprocessors taken) for
+long spans, a gather kernel on a few multiprocessors for short and for sliced ones. Knows blocks, no peers and no time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvrelay_kernels.kv_copy import copy_rows
+from kvrelay_kernels.kv_copy.rows import RowSpacing
+from kvrelay_transfer.connectors.base import BlockSlices
+from kvrelay_transfer.cuda_runtime import CudaRuntime
+from kvrelay_transfer.pool_memory import PoolMemory
+
+# From this mean span on the copy engines are the faster way (bench/transfer.py; docs/adr/0014).
+MIN_ENGINE_SPAN_BYTES = 2 << 20
+# Rows of these lengths (bytes) are the kernel's classes; it is compiled for them before the first step.
+_WARM_ROW_BYTES = (16 << 10, 1 << 10, 128)
+
+Blocks = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class MappedPool:
+    """A peer's pool as our GPU sees it."""
+
+    address: int
+    block_bytes: int
+
+
+class DeviceCopier:
+    def __init__(self, runtime: CudaRuntime, memory: PoolMemory) -> None:
+        """Compiles the kernel, which takes seconds where no earlier start left it in Triton's cache."""
+        self._runtime = runtime
+        self._block_bytes = memory.layout.block_bytes
+        self._pool = memory.block_rows.view(-1)
+        self.device = self._pool.device
+        self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._warm_up()
+
+    def copy_blocks(self, source: MappedPool, remote: Sequence[int], local: Sequence[int]) -> torch.cuda.Event:
+        """Posts the copy of whole blocks of equal size. The event fires when all bytes are here."""
+        runs = merge_runs(np.array(remote, np.int64), np.array(local, np.int64))
+        if self._runtime.can_batch and len(remote) * self._block_bytes >= MIN_ENGINE_SPAN_BYTES * len(runs[0]):
+            return self.copy_by_engines(source, *runs)
+        return self.copy_by_kernel(source, remote, local)
+
+    def copy_by_engines(self, source: MappedPool, remote: Blocks, local: Blocks, counts: Blocks) -> torch.cuda.Event:
+        """One span for each run of blocks."""
+        sources = (source.address + remote * self._block_bytes).astype(np.uint64)
+        destinations = (self._pool.data_ptr() + local * self._block_bytes).astype(np.uint64)
+        with torch.cuda.device(self.device):
+            self._runtime.copy_batch(destinations, sources, (counts * self._block_bytes).astype(np.uint64), self.stream)
+            return self._event()
+
+    def copy_by_kernel(self, source: MappedPool, remote: Sequence[int], local: Sequence[int]) -> torch.cuda.Event:
+        offsets = np.array((remote, local), np.int64) * self._block_bytes
+        return self._copy_rows(source, offsets, RowSpacing.one_row(self._block_bytes))
+
+    def copy_slices(
+        self, source: MappedPool, remote: Sequence[int], local: Sequence[int], slices: BlockSlices
+    ) -> torch.cuda.Event:
+        """Posts the copy of rows of blocks. The caller has checked that the rows lie within their blocks."""
+        shape = slices.shape
+        offsets = np.array((remote, local), np.int64) * np.array([[source.block_bytes], [self._block_bytes]])
+        offsets += np.array((slices.remote_offsets, slices.local_offsets), np.int64)
+        spacing = RowSpacing(
+            outer=shape.outer,
+            inner=shape.inner,
+            row_bytes=shape.row_bytes,
+            source_outer_stride=shape.remote_outer_stride,
+            source_inner_stride=shape.remote_inner_stride,
+            out_outer_stride=shape.local_outer_stride,
+            out_inner_stride=shape.local_inner_stride,
+        )
+        return self._copy_rows(source, offsets, spacing)
+
+    def copy_span(self, source: int, destination: torch.Tensor) -> None:
+        """Posts the copy of one span into a tensor of bytes."""
+        with torch.cuda.device(self.device):
+            self._runtime.copy(destination.data_ptr(), source, destination.numel(), self.stream)
+
+    def _copy_rows(self, source: MappedPool, offsets: Blocks, spacing: RowSpacing) -> torch.cuda.Event:
+        alignment = spacing.alignment(source.address, self._pool.data_ptr(), int(np.gcd.reduce(offsets, axis=None)))
+        # A kernel is launched on the current device; the table is pinned, else posting would wait for its copy.
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            table = torch.from_numpy(offsets).pin_memory().to(self.device, non_blocking=True)
+            copy_rows(source.address, self._pool, table, spacing, alignment)
+            return self._event()
+
+    def _event(self) -> torch.cuda.Event:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(self.stream)
+        return event
+
+    def _warm_up(self) -> None:
+        scratch = torch.zeros(2 * max(_WARM_ROW_BYTES), dtype=torch.uint8, device=self.device)
+        with torch.cuda.device(self.device):
+            table = torch.zeros(2, 1, dtype=torch.int64, device=self.device)
+            for row_bytes in _WARM_ROW_BYTES:
+                copy_rows(scratch.data_ptr(), scratch[max(_WARM_ROW_BYTES) :], table, RowSpacing.one_row(row_bytes), 16)
+            torch.cuda.synchronize(self.device)
+
+
+def has_fired(event: torch.cuda.Event) -> bool:
+    """Never blocks. Raises RuntimeError when the CUDA context has failed."""
+    return bool(event.query())  # type: ignore[no-untyped-call]
+
+
+def merge_runs(remote: Blocks, local: Blocks) -> tuple[Blocks, Blocks, Blocks]:
+    """(remote, local, counts) of the spans in which both sides are contiguous; one array operation each, no loop."""
+    breaks = np.flatnonzero((np.diff(remote) != 1) | (np.diff(local) != 1)) + 1
+    starts = np.concatenate(([0], breaks))
+    counts = np.diff(np.concatenate((starts, [len(remote)])))
+    return remote[starts], local[starts], counts
