@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable
 
@@ -53,7 +54,7 @@ class DecodeStep:
         """Of each step on the GPU; `between` is called after each launch, as a step loop would."""
         with torch.cuda.device(self._device):
             events = [torch.cuda.Event(enable_timing=True) for _ in range(num_steps + 1)]  # type: ignore[no-untyped-call]
-            events[0].record()  # type: ignore[no-untyped-call]
+            events[0].record()
             for index, event in enumerate(events[1:]):
                 self._graph.replay()
                 event.record()
@@ -61,7 +62,7 @@ class DecodeStep:
                 if index:
                     events[index - 1].synchronize()
             torch.cuda.synchronize(self._device)
-        return [begin.elapsed_time(end) for begin, end in zip(events, events[1:], strict=False)]
+        return [begin.elapsed_time(end) for begin, end in itertools.pairwise(events)]
 
     def median_ms(self, num_steps: int, between: Callable[[], None] = lambda: None) -> float:
         return statistics.median(self.times_ms(num_steps, between))
