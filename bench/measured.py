@@ -58,15 +58,21 @@ class Streams(Struct, frozen=True):
 
 
 def provenance() -> dict[str, str]:
-    """Which machine and which commit; `-dirty` when the working tree differs from it."""
+    """Which machine and which commit; `-dirty` when the working tree differs from it.
+
+    KVRELAY_COMMIT names the commit of a tree that was exported without its repository.
+    """
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
-    commit = git("rev-parse", "--short=12", "HEAD") or "unknown"
+    commit = os.environ.get("KVRELAY_COMMIT", "")
+    if not commit:
+        commit = git("rev-parse", "--short=12", "HEAD") or "unknown"
+        commit += "-dirty" if git("status", "--porcelain", "--untracked-files=no") else ""
     return {
-        "commit": commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else ""),
+        "commit": commit,
         "cpu": _cpu_name(),
         "cores": str(len(os.sched_getaffinity(0))),
         "system": f"{platform.system()} {platform.release()}",
@@ -76,7 +82,8 @@ def provenance() -> dict[str, str]:
 
 def write_result(name: str, result: dict[str, Any]) -> Path:
     source = result["provenance"]
-    machine = "".join(letter if letter.isalnum() else "-" for letter in source["cpu"]).strip("-").lower()[:40]
+    name_of_machine = source.get("gpus") or source["cpu"]
+    machine = "".join(letter if letter.isalnum() else "-" for letter in name_of_machine).strip("-").lower()[:40]
     path = ROOT / "bench" / "results" / f"{name}-{machine}-{source['commit']}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     return path

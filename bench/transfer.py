@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import os
-import random
+import functools
 import statistics
 import sys
 import tempfile
@@ -21,29 +20,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "bench")]
 
-import msgspec  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from measured import print_table, provenance, write_result  # noqa: E402
 from transfer_decode import DecodeStep  # noqa: E402
-from transfer_source import PERIOD, Side, Source, Spans  # noqa: E402
+from transfer_device import LinkFeed, device_ways, spin  # noqa: E402
+from transfer_pair import LAYOUTS, Pair  # noqa: E402
+from transfer_source import Source  # noqa: E402
 
 from kvrelay_core.errors import ConfigError, TransferError  # noqa: E402
-from kvrelay_transfer.connectors.base import PeerInfo, PeerLink, Transfer, TransferState  # noqa: E402
-from kvrelay_transfer.connectors.cuda_ipc import CudaIpcConnector, CudaIpcEndpoint  # noqa: E402
-from kvrelay_transfer.connectors.device_copy import MappedPool, merge_runs  # noqa: E402
-from kvrelay_transfer.layout import KvLayout  # noqa: E402
 
-# Block tokens and layers of Llama-3.1-8B's shape by span; its own blocks of 16 and 64 tokens are the last two.
-LAYOUTS = {
-    span: KvLayout("bfloat16", num_layers=layers, num_kv_heads=8, block_tokens=tokens, head_dim=128)
-    for span, layers, tokens in (
-        (16 << 10, 4, 1), (128 << 10, 32, 1), (512 << 10, 32, 4), (2 << 20, 32, 16), (8 << 20, 32, 64),
-    )
-}  # fmt: skip
-PIECE_BYTES = 32 << 20  # one read of the engine, which keeps four under way
-PIECES_UNDER_WAY = 4
-DEADLINE_S = 60.0
 DECODE_STEPS = 200
 POSTING_CYCLES = 100_000_000  # 50 ms
 # One hand-off of 512 MiB for so many steps is 14 requests a second of 4096 tokens.
@@ -59,7 +45,7 @@ def main() -> int:
         rows += bench.measure_connector(name)
     decode = bench.measure_decode() if args.decode else []
     result = {
-        "provenance": {**provenance(), "devices": device_names()},
+        "provenance": {**provenance(), "gpus": gpu_names()},
         "settings": {"size_mib": args.size_mib, "repeats": args.repeats},
         "transfers": rows,
         "decode": decode,
@@ -85,57 +71,9 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def device_names() -> str:
-    return ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())) or "no GPU"
-
-
-class Pair:
-    """A source's pool, ours, a link between them, and which blocks to move."""
-
-    def __init__(self, name: str, source: Source, span_bytes: int, args: argparse.Namespace, folder: Path) -> None:
-        self.layout = LAYOUTS[span_bytes]
-        self.size_bytes = args.size_mib << 20
-        num_spans = self.size_bytes // span_bytes
-        # Half of the source's blocks, no two neighbours in the same order on both sides.
-        generator = random.Random(span_bytes)
-        remote = generator.sample(range(1, 2 * num_spans + 1), num_spans)
-        local = generator.sample(range(1, num_spans + 1), num_spans)
-        self.spans = Spans(self.layout, tuple(remote), tuple(local))
-        self.peer: PeerInfo = source.open(self.layout, 2 * num_spans + 1)
-        self.side = Side(name, self.layout, num_spans + 1, args.reader_device, folder)
-        try:
-            started_s = time.perf_counter()
-            self.link: PeerLink = self.side.connect(self.peer)
-            self.connect_s = time.perf_counter() - started_s
-            wait(lambda: self.link.probed_gb_per_s() is not None)
-        except BaseException:
-            self.side.close()
-            raise
-
-    def read_all(self) -> None:
-        """In one read."""
-        finish([self.link.read(self.spans.read(self.peer))])
-
-    def read_in_pieces(self) -> None:
-        """As the engine does."""
-        step = max(1, PIECE_BYTES // self.layout.block_bytes)
-        under_way: list[Transfer] = []
-        for first in range(0, len(self.spans.remote), step):
-            if len(under_way) == PIECES_UNDER_WAY:
-                finish([under_way.pop(0)])
-            under_way.append(self.link.read(self.spans.read(self.peer, first, first + step)))
-        finish(under_way)
-
-    def check(self) -> None:
-        """Every byte is where it belongs."""
-        rows = self.side.memory.block_rows[list(self.spans.local)]
-        expected = torch.tensor([block % PERIOD for block in self.spans.remote], dtype=torch.uint8, device=rows.device)
-        if not bool((rows == expected[:, None]).all()):
-            raise SystemExit("the blocks that arrived are not those that were sent; nothing was measured")
-
-    def close(self) -> None:
-        self.link.close()
-        self.side.close()
+def gpu_names() -> str:
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return " + ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
 
 
 class TransferBench:
@@ -176,26 +114,23 @@ class TransferBench:
         return rows
 
     def _measure_device_copies(self, pair: Pair, span_bytes: int) -> list[dict[str, Any]]:
-        """On the GPU's clock: one contiguous copy, and both ways of copying spans."""
-        connector = pair.side.connector
-        assert isinstance(connector, CudaIpcConnector)
-        copier, runtime = connector.copier, connector.runtime
-        endpoint = msgspec.msgpack.decode(pair.peer.offers[0].endpoint, type=CudaIpcEndpoint)
-        source = MappedPool(runtime.open(endpoint.ipc_handle, connector.device_index), pair.layout.block_bytes)
-        flat = pair.side.memory.block_rows.view(-1)[: self._size_bytes]
-        remote, local = pair.spans.remote, pair.spans.local
-        runs = merge_runs(np.array(remote), np.array(local))
-        ways: dict[str, Callable[[], object]] = {
-            "raw peer copy": lambda: copier.copy_span(source.address, flat),
-            "copy engines": lambda: copier.copy_by_engines(source, *runs),
-            "kernel": lambda: copier.copy_by_kernel(source, remote, local),
-        }
-        rows = [
-            self._row(way, self._size_bytes if way == "raw peer copy" else span_bytes, self._time_stream(copier, post))
-            for way, post in ways.items()
-        ]
-        runtime.close(source.address, connector.device_index)
-        pair.read_all()
+        """On the GPU's clock: one contiguous copy, and the ways of copying spans; and of these the time from post to
+        event on the host's."""
+        with device_ways(pair) as ways:
+            copier = ways.copier
+            posts: dict[str, Callable[[], torch.cuda.Event]] = {
+                "copy engines": ways.by_engines, "kernel": ways.by_kernel, "kernel, rows of 4 KiB": ways.by_rows,
+            }  # fmt: skip
+            flat = pair.side.memory.block_rows.view(-1)[: self._size_bytes]
+            plain_s = self._time_stream(copier, lambda: copier.copy_span(ways.source.address, flat))
+            rows = [self._row("raw peer copy", self._size_bytes, plain_s)]
+            for way, post in posts.items():
+                pair.side.memory.tensor.zero_()
+                torch.cuda.synchronize()
+                row = self._row(way, span_bytes, self._time_stream(copier, post))
+                pair.check()
+                row["posted_to_done_ms"] = 1e3 * self._time(functools.partial(spin, post))
+                rows.append(row)
         return rows
 
     def _time(self, act: Callable[[], None]) -> float:
@@ -209,13 +144,14 @@ class TransferBench:
 
     def _time_stream(self, copier: Any, post: Callable[[], object]) -> float:
         """Median of seconds between events around what `post` posts. Posting may take longer than copying: the stream
-        is kept busy until all is posted."""
+        is kept busy until all is posted, the last time by a copy like it: an idle link takes a moment to wake up."""
         times_s: list[float] = []
         for _ in range(self._args.repeats):
             begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             with torch.cuda.stream(copier.stream):
                 torch.cuda._sleep(POSTING_CYCLES)  # type: ignore[no-untyped-call]
+            post()
             begin.record(copier.stream)
             post()
             end.record(copier.stream)
@@ -239,7 +175,7 @@ class TransferBench:
         step.median_ms(DECODE_STEPS)
         rows = []
         source = Source("cuda_ipc", self._args.source_device)
-        for span_bytes in (16 << 10, 8 << 20):
+        for span_bytes in (2 << 20, 8 << 20):
             with tempfile.TemporaryDirectory(prefix="kvb-", dir="/tmp") as folder:
                 pair = Pair("cuda_ipc", source, span_bytes, self._args, Path(folder))
                 try:
@@ -250,67 +186,28 @@ class TransferBench:
         return rows
 
     def _measure_beside(self, step: DecodeStep, pair: Pair, span_bytes: int) -> list[dict[str, Any]]:
-        rows = []
-        for load in ("link never idle", "14 hand-offs/s of 512 MiB"):
-            alone_ms = step.mean_ms(DECODE_STEPS)
-            feed = LinkFeed(pair, every=1 if load == "link never idle" else STEPS_PER_HANDOFF)
-            beside_ms = step.mean_ms(DECODE_STEPS, feed.keep_going)
-            seconds = feed.finish()
-            again_ms = step.mean_ms(DECODE_STEPS)
-            quiet_ms = min(alone_ms, again_ms)
-            rows.append(
-                {
-                    "load": load, "span_bytes": span_bytes, "step_ms": quiet_ms,
-                    "step_again_ms": max(alone_ms, again_ms), "beside_ms": beside_ms,
-                    "slower": beside_ms / quiet_ms - 1,
-                    "moved_gb_per_s": feed.num_read * self._size_bytes / seconds / 1e9,
-                }
-            )  # fmt: skip
-        return rows
+        with device_ways(pair) as ways:
+            loads = {
+                "copy engines, link never idle": LinkFeed(ways.by_engines, at_once=8, every=1),
+                "kernel, link never idle": LinkFeed(ways.by_kernel, at_once=8, every=1),
+                "copy engines, 512 MiB every 16 steps": LinkFeed(ways.by_engines, at_once=1, every=STEPS_PER_HANDOFF),
+                "kernel, 512 MiB every 16 steps": LinkFeed(ways.by_kernel, at_once=1, every=STEPS_PER_HANDOFF),
+            }
+            return [self._beside(step, load, feed, span_bytes) for load, feed in loads.items()]
 
-
-class LinkFeed:
-    """Posts whole reads between decode steps: as many as keep the link busy, or one every so many steps."""
-
-    def __init__(self, pair: Pair, every: int) -> None:
-        self._pair = pair
-        self._every = every
-        self._read = pair.spans.read(pair.peer)
-        self._steps = 0
-        self._started_s = time.perf_counter()
-        self._under_way: list[Transfer] = []
-        self.num_read = 0
-        # More than a step's worth of copying.
-        self._target = 8 if every == 1 else 1
-
-    def keep_going(self) -> None:
-        self._under_way = [transfer for transfer in self._under_way if not transfer.poll().is_terminal]
-        if self._steps % self._every == 0:
-            while len(self._under_way) < self._target:
-                self._under_way.append(self._pair.link.read(self._read))
-                self.num_read += 1
-        self._steps += 1
-
-    def finish(self) -> float:
-        """Seconds since the begin."""
-        finish(self._under_way)
-        return time.perf_counter() - self._started_s
-
-
-def finish(transfers: list[Transfer]) -> None:
-    wait(lambda: all(transfer.poll().is_terminal for transfer in transfers))
-    for transfer in transfers:
-        if transfer.poll() is not TransferState.DONE:
-            raise transfer.error or TransferError("a read failed")
-
-
-def wait(is_done: Callable[[], bool]) -> None:
-    """Gives the processor away, but does not sleep: that would be part of what is measured."""
-    give_up_s = time.monotonic() + DEADLINE_S
-    while not is_done():
-        os.sched_yield()
-        if time.monotonic() > give_up_s:
-            raise TransferError(f"nothing came within {DEADLINE_S:g} s")
+    def _beside(self, step: DecodeStep, load: str, feed: LinkFeed, span_bytes: int) -> dict[str, Any]:
+        before_ms = step.mean_ms(DECODE_STEPS)
+        started_s = time.perf_counter()
+        beside_ms = step.mean_ms(DECODE_STEPS, feed.keep_going)
+        feed.finish()
+        seconds = time.perf_counter() - started_s
+        after_ms = step.mean_ms(DECODE_STEPS)
+        alone_ms = (before_ms + after_ms) / 2
+        return {
+            "load": load, "span_bytes": span_bytes, "step_ms": alone_ms, "step_spread_ms": abs(before_ms - after_ms),
+            "beside_ms": beside_ms, "slower": beside_ms / alone_ms - 1,
+            "moved_gb_per_s": feed.num_posted * self._size_bytes / seconds / 1e9,
+        }  # fmt: skip
 
 
 def void(_: object) -> None:
@@ -320,7 +217,7 @@ def void(_: object) -> None:
 def print_result(result: dict[str, Any]) -> None:
     source, settings = result["provenance"], result["settings"]
     print(
-        f"{settings['size_mib']} MiB in scattered spans, process to process; {source['devices']}; {source['cpu']}, "
+        f"{settings['size_mib']} MiB in scattered spans, process to process; {source['gpus'] or 'no GPU'}; {source['cpu']}, "
         f"{source['cores']} cores; commit {source['commit']}\n"
     )
     rows, plain_gb_per_s = [], None
@@ -328,7 +225,7 @@ def print_result(result: dict[str, Any]) -> None:
         if row["way"] in PLAIN_COPIES:
             plain_gb_per_s = row["gb_per_s"]
         rows.append(transfer_cells(row, plain_gb_per_s))
-    print_table(("span KiB", "way", "ms", "GB/s", "of the plain copy"), rows)
+    print_table(("span KiB", "way", "ms", "GB/s", "of the plain copy", "ms with posting"), rows)
     if result["decode"]:
         print("\nDecode steps (batch 32, all weights and 4 GiB of KV read) beside reads of 512 MiB on the same GPU:\n")
         print_table(
@@ -338,9 +235,10 @@ def print_result(result: dict[str, Any]) -> None:
 
 def transfer_cells(row: dict[str, Any], plain_gb_per_s: float | None) -> tuple[str, ...]:
     if "skipped" in row:
-        return ("", row["way"], "", "", f"skipped: {row['skipped']}")
+        return ("", row["way"], "", "", f"skipped: {row['skipped']}", "")
     share = f"{row['gb_per_s'] / plain_gb_per_s:.1%}" if plain_gb_per_s else ""
-    return (f"{row['span_bytes'] >> 10}", row["way"], f"{row['ms']:.3f}", f"{row['gb_per_s']:.1f}", share)
+    posted = f"{row['posted_to_done_ms']:.3f}" if "posted_to_done_ms" in row else ""
+    return (f"{row['span_bytes'] >> 10}", row["way"], f"{row['ms']:.3f}", f"{row['gb_per_s']:.1f}", share, posted)
 
 
 def decode_cells(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:

@@ -21,6 +21,7 @@ from kvrelay_core.clock import Clock
 from kvrelay_core.errors import DeadlineError, KvRelayError, MismatchError, TransferError
 from kvrelay_transfer.connectors.base import (
     BlockRead,
+    BlockSlices,
     Connector,
     ConnectorOffer,
     EndedTransfer,
@@ -28,11 +29,11 @@ from kvrelay_transfer.connectors.base import (
     PeerLink,
     Transfer,
     TransferState,
-    check_block_range,
 )
-from kvrelay_transfer.connectors.device_copy import DeviceCopier, MappedPool, has_fired
+from kvrelay_transfer.connectors.device_copy import Blocks, DeviceCopier, MappedPool, as_array
 from kvrelay_transfer.connectors.device_probe import DeviceProbe
 from kvrelay_transfer.connectors.mapping_keeper import MappingKeeper
+from kvrelay_transfer.connectors.offset_tables import has_fired
 from kvrelay_transfer.connectors.shm import host_id
 from kvrelay_transfer.cuda_runtime import CudaCallError, CudaRuntime
 from kvrelay_transfer.descriptor_server import DescriptorServer, fetch_descriptors
@@ -166,14 +167,17 @@ class _CudaIpcLink(PeerLink):
         connector.keeper.watch(self)
 
     def read(self, read: BlockRead) -> Transfer:
+        remote, local = as_array(read.remote_blocks), as_array(read.local_blocks)
         try:
-            check_block_range(read.remote_blocks, self._region.header.num_blocks, "the peer's")
-            check_block_range(read.local_blocks, self._connector.memory.num_blocks, "our")
+            _check_range(remote, self._region.header.num_blocks, "the peer's")
+            _check_range(local, self._connector.memory.num_blocks, "our")
             _check_extent(read, self._pool.block_bytes, self._connector.memory.layout.block_bytes)
-            return self._post(read)
+            event = self._post(remote, local, read.slices)
         except KvRelayError as error:
             state = TransferState.TORN_DOWN if self.is_closed else TransferState.FAILED
             return EndedTransfer(error, state)
+        clock = self._connector.clock
+        return _CudaIpcTransfer(self, remote, event, clock, clock.now() + self._connector.deadline_s)
 
     def close(self) -> None:
         self.lose()
@@ -182,28 +186,28 @@ class _CudaIpcLink(PeerLink):
     def probed_gb_per_s(self) -> float | None:
         return 0.0 if self.is_closed else self._probe.gb_per_s()
 
-    def read_words(self, blocks: tuple[int, ...]) -> tuple[int, ...] | None:
+    def read_words(self, blocks: Blocks) -> tuple[int, ...] | None:
         """None when the link was closed meanwhile."""
         with self._lock:
-            return None if self.is_closed else self._region.words.read(blocks)
+            return None if self.is_closed else self._region.words.read_at(blocks)
 
-    def _post(self, read: BlockRead) -> Transfer:
+    def _post(self, remote: Blocks, local: Blocks, slices: BlockSlices | None) -> torch.cuda.Event:
         """No waiting for the engine's stream: our destination blocks left the free list after the last step that could
         touch them had completed (PROTOCOL A4), and the step that first uses what arrived is launched after `poll` said
         DONE, thus after the copy's event fired."""
-        copier, clock = self._connector.copier, self._connector.clock
+        copier = self._connector.copier
         with self._lock:
             if self.is_closed:
                 raise TransferError(f"the link to {self.peer_id} is closed")
             try:
-                if read.slices is not None:
-                    event = copier.copy_slices(self._pool, read.remote_blocks, read.local_blocks, read.slices)
+                if slices is not None:
+                    event = copier.copy_slices(self._pool, remote, local, slices)
                 else:
-                    event = copier.copy_blocks(self._pool, read.remote_blocks, read.local_blocks)
+                    event = copier.copy_blocks(self._pool, remote, local)
             except (CudaCallError, RuntimeError) as error:
                 raise TransferError(f"the read from {self.peer_id} could not be posted: {error}") from error
             self._posted = [posted for posted in self._posted if not has_fired(posted)] + [event]
-        return _CudaIpcTransfer(self, read, event, clock, clock.now() + self._connector.deadline_s)
+        return event
 
     # ---------------------------------------------------------------------------- as the keeper's Mapping
 
@@ -227,10 +231,11 @@ class _CudaIpcTransfer(Transfer):
     """A copy cannot be taken back: whatever is asked for, the destination is under write until the event fires."""
 
     def __init__(
-        self, link: _CudaIpcLink, read: BlockRead, event: torch.cuda.Event, clock: Clock, deadline_at_s: float
+        self, link: _CudaIpcLink, blocks: Blocks, event: torch.cuda.Event, clock: Clock, deadline_at_s: float
     ) -> None:
+        """`blocks` are the peer's."""
         self._link = link
-        self._read = read
+        self._blocks = blocks
         self._event = event
         self._clock = clock
         self._deadline_at_s = deadline_at_s
@@ -253,7 +258,7 @@ class _CudaIpcTransfer(Transfer):
     def _finish(self) -> None:
         self.error = self._why_unwanted()
         if self.error is None:
-            words = self._link.read_words(self._read.remote_blocks)
+            words = self._link.read_words(self._blocks)
             if words is not None:
                 self.words = words
                 self._state = TransferState.DONE
@@ -270,6 +275,12 @@ class _CudaIpcTransfer(Transfer):
         if self._clock.now() >= self._deadline_at_s:
             return DeadlineError("the blocks did not arrive before the read's deadline")
         return None
+
+
+def _check_range(blocks: Blocks, num_blocks: int, whose: str) -> None:
+    """As `check_block_range`, without a loop."""
+    if len(blocks) and not (blocks.min() > 0 and blocks.max() < num_blocks):
+        raise TransferError(f"block numbers outside 1..{num_blocks - 1} of {whose} pool")
 
 
 def _check_extent(read: BlockRead, remote_block_bytes: int, local_block_bytes: int) -> None:

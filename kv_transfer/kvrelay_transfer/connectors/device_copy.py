@@ -16,6 +16,7 @@ import torch
 from kvrelay_kernels.kv_copy import copy_rows
 from kvrelay_kernels.kv_copy.rows import RowSpacing
 from kvrelay_transfer.connectors.base import BlockSlices
+from kvrelay_transfer.connectors.offset_tables import OffsetTables
 from kvrelay_transfer.cuda_runtime import CudaRuntime
 from kvrelay_transfer.pool_memory import PoolMemory
 
@@ -43,11 +44,14 @@ class DeviceCopier:
         self._pool = memory.block_rows.view(-1)
         self.device = self._pool.device
         self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._tables = OffsetTables(self.device)
         self._warm_up()
 
-    def copy_blocks(self, source: MappedPool, remote: Sequence[int], local: Sequence[int]) -> torch.cuda.Event:
+    def copy_blocks(self, source: MappedPool, remote: Blocks, local: Blocks) -> torch.cuda.Event:
         """Posts the copy of whole blocks of equal size. The event fires when all bytes are here."""
-        runs = merge_runs(_as_array(remote), _as_array(local))
+        if len(remote) == 0:
+            return self._event()
+        runs = merge_runs(remote, local)
         if self._runtime.can_batch and len(remote) * self._block_bytes >= MIN_ENGINE_SPAN_BYTES * len(runs[0]):
             return self.copy_by_engines(source, *runs)
         return self.copy_by_kernel(source, remote, local)
@@ -60,17 +64,13 @@ class DeviceCopier:
             self._runtime.copy_batch(destinations, sources, (counts * self._block_bytes).astype(np.uint64), self.stream)
             return self._event()
 
-    def copy_by_kernel(self, source: MappedPool, remote: Sequence[int], local: Sequence[int]) -> torch.cuda.Event:
-        offsets = np.stack((_as_array(remote), _as_array(local))) * self._block_bytes
-        return self._copy_rows(source, offsets, RowSpacing.one_row(self._block_bytes))
+    def copy_by_kernel(self, source: MappedPool, remote: Blocks, local: Blocks) -> torch.cuda.Event:
+        spacing = RowSpacing.one_row(self._block_bytes)
+        return self._copy_rows(source, remote * self._block_bytes, local * self._block_bytes, spacing)
 
-    def copy_slices(
-        self, source: MappedPool, remote: Sequence[int], local: Sequence[int], slices: BlockSlices
-    ) -> torch.cuda.Event:
+    def copy_slices(self, source: MappedPool, remote: Blocks, local: Blocks, slices: BlockSlices) -> torch.cuda.Event:
         """Posts the copy of rows of blocks. The caller has checked that the rows lie within their blocks."""
         shape = slices.shape
-        remote_offsets = _as_array(remote) * source.block_bytes + _as_array(slices.remote_offsets)
-        local_offsets = _as_array(local) * self._block_bytes + _as_array(slices.local_offsets)
         spacing = RowSpacing(
             outer=shape.outer,
             inner=shape.inner,
@@ -80,20 +80,29 @@ class DeviceCopier:
             out_outer_stride=shape.local_outer_stride,
             out_inner_stride=shape.local_inner_stride,
         )
-        return self._copy_rows(source, np.stack((remote_offsets, local_offsets)), spacing)
+        remote_offsets = remote * source.block_bytes + as_array(slices.remote_offsets)
+        local_offsets = local * self._block_bytes + as_array(slices.local_offsets)
+        return self._copy_rows(source, remote_offsets, local_offsets, spacing)
 
     def copy_span(self, source: int, destination: torch.Tensor) -> None:
         """Posts the copy of one span into a tensor of bytes."""
         with torch.cuda.device(self.device):
             self._runtime.copy(destination.data_ptr(), source, destination.numel(), self.stream)
 
-    def _copy_rows(self, source: MappedPool, offsets: Blocks, spacing: RowSpacing) -> torch.cuda.Event:
-        alignment = spacing.alignment(source.address, self._pool.data_ptr(), int(np.gcd.reduce(offsets, axis=None)))
-        # A kernel is launched on the current device; the table is pinned, else posting would wait for its copy.
+    def _copy_rows(
+        self, source: MappedPool, remote_offsets: Blocks, local_offsets: Blocks, spacing: RowSpacing
+    ) -> torch.cuda.Event:
+        table = self._tables.take(len(remote_offsets))
+        host = table.host(len(remote_offsets))
+        host[0], host[1] = remote_offsets, local_offsets
+        # A power of two divides all numbers if it divides all their bits together.
+        alignment = spacing.alignment(source.address, self._pool.data_ptr(), int(np.bitwise_or.reduce(host, axis=None)))
+        # A kernel is launched on the current device.
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-            table = torch.from_numpy(offsets).pin_memory().to(self.device, non_blocking=True)
-            copy_rows(source.address, self._pool, table, spacing, alignment)
-            return self._event()
+            offsets = table.upload(len(remote_offsets))
+            copy_rows(source.address, self._pool, offsets, spacing, alignment)
+            table.used_until = self._event()
+        return table.used_until
 
     def _event(self) -> torch.cuda.Event:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -109,14 +118,9 @@ class DeviceCopier:
             torch.cuda.synchronize(self.device)
 
 
-def _as_array(numbers: Sequence[int]) -> Blocks:
+def as_array(numbers: Sequence[int]) -> Blocks:
     """A tuple is read so in half the time that np.array() takes."""
     return np.fromiter(numbers, np.int64, len(numbers))
-
-
-def has_fired(event: torch.cuda.Event) -> bool:
-    """Never blocks. Raises RuntimeError when the CUDA context has failed."""
-    return bool(event.query())  # type: ignore[no-untyped-call]
 
 
 def merge_runs(remote: Blocks, local: Blocks) -> tuple[Blocks, Blocks, Blocks]:

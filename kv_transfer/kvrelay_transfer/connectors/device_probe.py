@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from kvrelay_transfer.connectors.device_copy import DeviceCopier, has_fired
+from kvrelay_transfer.connectors.device_copy import DeviceCopier
+from kvrelay_transfer.connectors.offset_tables import has_fired
 
 PROBE_BYTES = 64 << 20  # a fifth of a millisecond over NVLink, 3 ms over PCIe
 

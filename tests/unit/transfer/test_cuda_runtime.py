@@ -12,7 +12,7 @@ import torch
 
 from kvrelay_core.errors import ConfigError
 from kvrelay_transfer.connectors.copy_thread import merge_runs as merge_runs_one_by_one
-from kvrelay_transfer.connectors.device_copy import merge_runs
+from kvrelay_transfer.connectors.device_copy import as_array, merge_runs
 from kvrelay_transfer.cuda_runtime import CudaCallError, CudaRuntime
 
 
@@ -104,5 +104,5 @@ def test_runs_are_merged_as_one_by_one(seed: int) -> None:
         is_next = generator.random() < 0.6
         remote.append(remote[-1] + 1 if is_next else generator.randrange(1, 50))
         local.append(local[-1] + 1 if is_next else generator.randrange(1, 50))
-    runs = merge_runs(np.array(remote, np.int64), np.array(local, np.int64))
+    runs = merge_runs(as_array(remote), as_array(local))
     assert list(zip(*(part.tolist() for part in runs), strict=True)) == merge_runs_one_by_one(remote, local)
