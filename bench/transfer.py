@@ -206,6 +206,7 @@ class TransferBench:
         return {
             "load": load, "span_bytes": span_bytes, "step_ms": alone_ms, "step_spread_ms": abs(before_ms - after_ms),
             "beside_ms": beside_ms, "slower": beside_ms / alone_ms - 1,
+            "ms_per_copy": (beside_ms - alone_ms) * DECODE_STEPS / feed.num_posted,
             "moved_gb_per_s": feed.num_posted * self._size_bytes / seconds / 1e9,
         }  # fmt: skip
 
@@ -217,8 +218,8 @@ def void(_: object) -> None:
 def print_result(result: dict[str, Any]) -> None:
     source, settings = result["provenance"], result["settings"]
     print(
-        f"{settings['size_mib']} MiB in scattered spans, process to process; {source['gpus'] or 'no GPU'}; {source['cpu']}, "
-        f"{source['cores']} cores; commit {source['commit']}\n"
+        f"{settings['size_mib']} MiB in scattered spans, process to process; {source['gpus'] or 'no GPU'}; "
+        f"{source['cpu']}, {source['cores']} cores; commit {source['commit']}\n"
     )
     rows, plain_gb_per_s = [], None
     for row in result["transfers"]:
@@ -245,7 +246,7 @@ def decode_cells(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     return [
         (
             f"{row['span_bytes'] >> 10}", row["load"], f"{row['step_ms']:.3f}", f"{row['beside_ms']:.3f}",
-            f"{row['slower']:.1%}", f"{row['moved_gb_per_s']:.0f}",
+            f"{row['slower']:.1%}", f"{row['ms_per_copy']:.3f}", f"{row['moved_gb_per_s']:.0f}",
         )
         for row in rows
     ]  # fmt: skip

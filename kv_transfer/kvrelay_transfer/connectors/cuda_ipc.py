@@ -243,31 +243,30 @@ class _CudaIpcTransfer(Transfer):
         self._was_aborted = False
 
     def poll(self) -> TransferState:
-        if not self._state.is_terminal:
-            try:
-                if has_fired(self._event):
-                    self._finish()
-            except RuntimeError as error:  # of the CUDA context itself, which runs nothing any more
-                self.error = TransferError(f"the GPU failed under the read from {self._link.peer_id}: {error}")
-                self._state = TransferState.FAILED
+        if self._state.is_terminal:
+            return self._state
+        self.error = self.error or self._why_unwanted()
+        try:
+            if has_fired(self._event):
+                self._finish()
+        except RuntimeError as error:  # of the CUDA context itself, which runs nothing any more
+            self.error = TransferError(f"the GPU failed under the read from {self._link.peer_id}: {error}")
+            self._state = TransferState.FAILED
         return self._state
 
     def abort(self) -> None:
         self._was_aborted = True
 
     def _finish(self) -> None:
-        self.error = self._why_unwanted()
-        if self.error is None:
-            words = self._link.read_words(self._blocks)
-            if words is not None:
-                self.words = words
-                self._state = TransferState.DONE
-                return
-        if self._link.is_closed:
+        words = self._link.read_words(self._blocks)
+        if words is None:
             self.error = TransferError(f"the connection to {self._link.peer_id} was closed")
             self._state = TransferState.TORN_DOWN
-        else:
+        elif self.error is not None:
             self._state = TransferState.FAILED
+        else:
+            self.words = words
+            self._state = TransferState.DONE
 
     def _why_unwanted(self) -> KvRelayError | None:
         if self._was_aborted:
