@@ -10,10 +10,10 @@ import argparse
 from kvrelay_cli import flag_types
 from kvrelay_core.errors import ConfigError
 
-CONNECTORS = ("auto", "cuda_ipc", "shm", "grpc")
+CONNECTORS = ("auto", "cuda_ipc", "shm", "nixl", "grpc")
 PLACEMENTS = ("least_load", "round_robin")
 LOG_LEVELS = ("debug", "info", "warning", "error")
-_LATER_CONNECTORS = ("nixl", "ucx")
+_LATER_CONNECTORS = ("ucx",)
 
 # What `up` hands to every worker as it is.
 WORKER_FLAGS = (

@@ -227,6 +227,7 @@ class HandoffReader:
         for read in list(incoming.reads):
             state = read.transfer.poll()
             if not state.is_terminal:
+                error = error or read.transfer.error  # it has failed, but is to be quarantined
                 continue
             incoming.reads.remove(read)
             try:

@@ -43,6 +43,11 @@ class FenceWords:
         self._fence = MemoryFence()
         words[:] = np.uint64(int.from_bytes(engine_epoch[:4], "little") << 32)
 
+    @property
+    def address(self) -> int:
+        """Of the word of block 0."""
+        return int(self._words.ctypes.data)
+
     def read(self, block: int) -> int:
         return int(self._words[block])
 

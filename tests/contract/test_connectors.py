@@ -21,7 +21,7 @@ from msgspec.structs import replace
 from kvrelay_core.errors import DeadlineError, KvRelayError, TransferError
 from kvrelay_transfer.connectors.base import BlockRead, TransferState
 
-CONNECTORS = ["memory", "shm", "grpc", pytest.param("cuda_ipc", marks=[pytest.mark.gpu, NEEDS_GPU])]
+CONNECTORS = ["memory", "shm", "grpc", "nixl", pytest.param("cuda_ipc", marks=[pytest.mark.gpu, NEEDS_GPU])]
 
 
 @pytest.fixture(scope="module")
@@ -202,4 +202,4 @@ def test_a_probe_says_how_fast_the_link_is(bench: ConnectorBench) -> None:
     wait_until(lambda: bench.link.probed_gb_per_s() is not None)
     gb_per_s = bench.link.probed_gb_per_s()
     assert gb_per_s is not None
-    assert gb_per_s > 0.0 if bench.connector.name in ("shm", "cuda_ipc") else gb_per_s == 0.0
+    assert gb_per_s > 0.0 if bench.connector.name in ("shm", "nixl", "cuda_ipc") else gb_per_s == 0.0

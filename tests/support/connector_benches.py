@@ -140,15 +140,16 @@ class MemoryBench(ConnectorBench):
 class GatedClock(ManualClock):
     """A clock at which another thread can be stopped, or given something to do, when it looks."""
 
-    def __init__(self) -> None:
+    def __init__(self, stopped_thread: str) -> None:
         super().__init__()
+        self._stopped_thread = stopped_thread
         self.gate = threading.Event()
         self.gate.set()
         self.on_look: Callable[[int], None] | None = None
         self._looks = 0
 
     def now(self) -> float:
-        if threading.current_thread().name == "shm-copy":
+        if threading.current_thread().name == self._stopped_thread:
             assert self.gate.wait(timeout=20.0)
             self._looks += 1
             if self.on_look is not None:
@@ -166,7 +167,7 @@ class ShmBench(ConnectorBench):
         super().__init__(shapes)
 
     def make_connector(self) -> Connector:
-        self.gated = GatedClock()
+        self.gated = GatedClock("shm-copy")
         self.source_connector = ShmConnector(self.side.memory, self.clock, self._directory / "source.sock")
         self.clock = self.gated
         return ShmConnector(self.memory, self.gated, None, self.deadline_s)
@@ -301,4 +302,8 @@ def make_bench(name: str, directory: Path, shapes: Shapes | None = None) -> Conn
             return ShmBench(directory, shapes)
         case "grpc":
             return GrpcBench(shapes)
+        case "nixl":
+            from nixl_bench import NixlBench  # whose base class is above
+
+            return NixlBench(shapes)
     raise AssertionError(name)

@@ -11,7 +11,8 @@ Contract of a read (PROTOCOL A5, A6, E3):
 - the destination blocks belong to the transfer until `poll()` returns a terminal state; after `abort()` too;
 - when `poll()` returns DONE, `words` holds the source's fence words of `remote_blocks`, one for each entry, read by a
   *second* operation that was issued after the data's completion was observed. Comparing them is the caller's part;
-- every read has a deadline of its own; a source that does not progress ends as FAILED or TORN_DOWN.
+- every read has a deadline of its own; a source that does not progress ends as FAILED or TORN_DOWN. Where a copy cannot
+  be stopped, the transfer stays PENDING with its `error` set: the read has failed, and its destination is not free yet.
 
 A connector knows nothing of requests, leases or prefix caches.
 """
@@ -115,7 +116,7 @@ class Transfer(ABC):
     """One asynchronous read."""
 
     words: tuple[int, ...] = ()
-    error: KvRelayError | None = None
+    error: KvRelayError | None = None  # may come before the terminal state, and is final
 
     @abstractmethod
     def poll(self) -> TransferState:

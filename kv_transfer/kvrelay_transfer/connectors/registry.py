@@ -6,7 +6,9 @@ Order is preference: the first one that connects carries the peer. New connector
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from kvrelay_core.clock import Clock
@@ -14,6 +16,7 @@ from kvrelay_core.errors import ConfigError
 from kvrelay_transfer.connectors.base import Connector, ConnectorOffer
 from kvrelay_transfer.connectors.cuda_ipc import CudaIpcConnector
 from kvrelay_transfer.connectors.grpc import GrpcConnector, SocketHalf
+from kvrelay_transfer.connectors.nixl import NixlConnector, has_rdma
 from kvrelay_transfer.connectors.shm import ShmConnector
 from kvrelay_transfer.pool_memory import PoolMemory
 from kvrelay_transfer.staging import BlockStaging
@@ -21,10 +24,22 @@ from kvrelay_transfer.staging import BlockStaging
 # Of the pools that a connector can read; those not listed read any.
 _DEVICE_OF = {"shm": "cpu", "cuda_ipc": "cuda"}
 
+_logger = logging.getLogger(__name__)
+
 
 def preferred(device: str) -> tuple[str, ...]:
-    """What `auto` stands for."""
-    return ("shm", "grpc") if device == "cpu" else ("cuda_ipc", "grpc")
+    """What `auto` stands for. Without RDMA hardware NIXL could read what shm and cuda_ipc read, and nothing else."""
+    near = "shm" if device == "cpu" else "cuda_ipc"
+    return (near, *(("nixl",) if _is_nixl_of_use() else ()), "grpc")
+
+
+def _is_nixl_of_use() -> bool:
+    if not has_rdma():
+        return False
+    if find_spec("nixl") is None:
+        _logger.info("this host has RDMA hardware, but NIXL is not installed: pip install 'kvrelay[nixl]'")
+        return False
+    return True
 
 
 def create_connectors(
@@ -52,10 +67,12 @@ def create_connectors(
                 connectors[name] = ShmConnector(memory, clock, pool_socket)
             case "cuda_ipc":
                 connectors[name] = CudaIpcConnector(memory, clock, pool_socket)
+            case "nixl":
+                connectors[name] = NixlConnector(memory, clock)
             case "grpc":
                 connectors[name] = GrpcConnector(memory.num_blocks, staging, socket_half, clock)
             case _:
-                raise ConfigError(f"no connector {name!r}; there are: auto, cuda_ipc, shm, grpc")
+                raise ConfigError(f"no connector {name!r}; there are: auto, cuda_ipc, shm, nixl, grpc")
     return connectors
 
 

@@ -1,0 +1,245 @@
+"""A link to one peer's pool by NIXL, its reads, and the probe that warms and measures it.
+
+Everything called `advance` runs on the agent's thread. NIXL cannot stop a read: releasing its handle and removing its
+peer both let the data land later (ADR 0012). So a transfer stays PENDING until its handle has ended, whatever is asked
+of it; that it has failed shows in `error` before.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from kvrelay_core.clock import Clock
+from kvrelay_core.errors import DeadlineError, KvRelayError, TransferError, UnsupportedError
+from kvrelay_transfer.connectors.base import (
+    BlockRead,
+    EndedTransfer,
+    PeerLink,
+    Transfer,
+    TransferState,
+    check_block_range,
+)
+from kvrelay_transfer.connectors.nixl_agent import NixlAgent, PostedRead, PreparedSpans
+from kvrelay_transfer.connectors.nixl_endpoint import NixlEndpoint
+from kvrelay_transfer.fence import WORD_BYTES, MemoryFence
+from kvrelay_transfer.pool_memory import PoolMemory
+
+
+class Flight(Protocol):
+    """Something that NIXL may still be writing for."""
+
+    def advance(self) -> bool:
+        """True when it is over and nothing of it can land any more. Does not raise."""
+
+    def tear_down(self) -> None:
+        """Nothing of it can land: it was not posted, or the agent is gone."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReaderSide:
+    """Our half of every link. Words land by destination block, so that reads under way do not share a slot."""
+
+    agent: NixlAgent
+    memory: PoolMemory
+    clock: Clock
+    deadline_s: float
+    blocks: PreparedSpans  # of our pool
+    words: PreparedSpans  # of `arrived_words`
+    arrived_words: npt.NDArray[np.uint64]
+    scratch: PreparedSpans  # room for probes, in parts as large as a block
+    scratch_blocks: int
+    fly: Callable[[NixlLink, Flight], None]  # has the agent's thread look after it
+    wake: Callable[[], None]
+
+
+class NixlLink(PeerLink):
+    def __init__(self, side: ReaderSide, peer_id: str, endpoint: NixlEndpoint) -> None:
+        """On the agent's thread, which has taken in the peer. Raises TransferError when it cannot be read at all."""
+        self.side = side
+        self.peer_id = peer_id
+        self.agent_name = endpoint.agent_name
+        self.flights: list[Flight] = []  # the agent's thread's
+        self.is_closed = False
+        self.gb_per_s: float | None = None
+        self._num_blocks = endpoint.num_blocks
+        self._failure: TransferError | None = None
+        data = endpoint.data(side.memory.layout.block_bytes)
+        self._blocks = side.agent.prepare(self.agent_name, data, side.memory.layout.block_bytes)
+        self._words = side.agent.prepare(self.agent_name, endpoint.words(), WORD_BYTES)
+        self.flights.append(_Probe(self, endpoint.num_blocks))
+
+    # ------------------------------------------------------------------------------ on the engine's thread
+
+    def read(self, read: BlockRead) -> Transfer:
+        if self.is_closed:
+            return EndedTransfer(TransferError(f"the link to {self.peer_id} is closed"), TransferState.TORN_DOWN)
+        try:
+            if read.slices is not None:
+                raise UnsupportedError("nixl reads whole blocks only")
+            if self._failure is not None:
+                raise TransferError(f"the link to {self.peer_id} has failed: {self._failure.message}")
+            check_block_range(read.remote_blocks, self._num_blocks, "the peer's")
+            check_block_range(read.local_blocks, self.side.memory.num_blocks, "our")
+        except KvRelayError as error:
+            return EndedTransfer(error)
+        transfer = _NixlTransfer(self, read, self.side.clock.now() + self.side.deadline_s)
+        self.side.fly(self, transfer)
+        return transfer
+
+    def close(self) -> None:
+        """Returns at once. A transfer becomes TORN_DOWN when NIXL says that it is over."""
+        if not self.is_closed:
+            self.is_closed = True
+            self.side.wake()
+
+    def probed_gb_per_s(self) -> float | None:
+        return self.gb_per_s
+
+    # ------------------------------------------------------------------------------- on the agent's thread
+
+    def post_blocks(self, read: BlockRead) -> PostedRead:
+        return self.side.agent.post_read(self.side.blocks, read.local_blocks, self._blocks, read.remote_blocks)
+
+    def post_words(self, read: BlockRead) -> PostedRead:
+        return self.side.agent.post_read(self.side.words, read.local_blocks, self._words, read.remote_blocks)
+
+    def post_null_word(self) -> PostedRead:
+        """The word of the null block, which no read has for its destination."""
+        return self.side.agent.post_read(self.side.words, (0,), self._words, (0,))
+
+    def post_probe(self, blocks: range) -> PostedRead:
+        return self.side.agent.post_read(self.side.scratch, blocks, self._blocks, blocks)
+
+    def fail(self, error: TransferError) -> None:
+        """NIXL's endpoint is of no use after an error, and may not be posted to."""
+        self._failure = self._failure or error
+
+    def check_usable(self) -> None:
+        if self._failure is not None:
+            raise TransferError(f"the link to {self.peer_id} has failed: {self._failure.message}")
+
+    def let_go(self) -> None:
+        """Of all that NIXL has for this link; nothing of it is under way."""
+        for spans in (self._blocks, self._words):
+            self.side.agent.let_go(spans)
+
+
+class _NixlTransfer(Transfer):
+    """Made by the step loop, run by the agent's thread; the state is stored last: who sees it sees the rest."""
+
+    def __init__(self, link: NixlLink, read: BlockRead, deadline_at_s: float) -> None:
+        self._link = link
+        self._read = read
+        self._deadline_at_s = deadline_at_s
+        self._state = TransferState.PENDING
+        self._was_aborted = False
+        self._posted: PostedRead | None = None
+        self._are_words_posted = False
+
+    def poll(self) -> TransferState:
+        return self._state
+
+    def abort(self) -> None:
+        self._was_aborted = True
+
+    def advance(self) -> bool:
+        if self.error is None:
+            self.error = self._why_unwanted()
+        try:
+            return self._advance()
+        except TransferError as error:
+            self._link.fail(error)
+            self.error = self.error or error
+            return self._end_without_data()
+
+    def tear_down(self) -> None:
+        self.error = self.error or TransferError(f"the connection to {self._link.peer_id} was closed")
+        self._end_without_data()
+
+    def _advance(self) -> bool:
+        if self._posted is None:
+            if self.error is not None:
+                return self._end_without_data()
+            self._link.check_usable()
+            self._posted = self._link.post_blocks(self._read)
+        if not self._posted.is_over():
+            return False
+        if not self._are_words_posted:
+            self.error = self.error or self._why_unwanted()
+            if self.error is not None:
+                return self._end_without_data()
+            self._are_words_posted = True
+            self._posted = self._link.post_words(self._read)
+            if not self._posted.is_over():
+                return False
+        if self.error is not None:
+            return self._end_without_data()
+        return self._end_with_words()
+
+    def _end_with_words(self) -> bool:
+        MemoryFence()()
+        self.words = tuple(self._link.side.arrived_words[list(self._read.local_blocks)].tolist())
+        self._state = TransferState.DONE
+        return True
+
+    def _end_without_data(self) -> bool:
+        self._state = TransferState.TORN_DOWN if self._link.is_closed else TransferState.FAILED
+        return True
+
+    def _why_unwanted(self) -> KvRelayError | None:
+        if self._link.is_closed:
+            return TransferError(f"the connection to {self._link.peer_id} was closed")
+        if self._was_aborted:
+            return TransferError("the read was given up")
+        if self._link.side.clock.now() >= self._deadline_at_s:
+            return DeadlineError("the blocks did not arrive before the read's deadline")
+        return None
+
+
+class _Probe:
+    """Three reads one after another: a word, which connects the pair; a span, which touches its pages; the span again,
+    which is measured. None of them writes to a block."""
+
+    def __init__(self, link: NixlLink, num_blocks: int) -> None:
+        """Raises TransferError when the peer cannot be read, as far as that is known before the pair is connected."""
+        self._link = link
+        self._blocks = range(min(link.side.scratch_blocks, num_blocks))
+        self._deadline_at_s = link.side.clock.now() + link.side.deadline_s
+        self._passes_left = 2
+        self._posted_at_s = 0.0
+        self._posted = link.post_null_word()
+
+    def advance(self) -> bool:
+        try:
+            while self._posted.is_over():
+                if not self._passes_left:
+                    return self._end(self._gb_per_s())
+                if self._link.is_closed:
+                    return self._end(0.0)
+                self._passes_left -= 1
+                self._posted_at_s = time.perf_counter()
+                self._posted = self._link.post_probe(self._blocks)
+        except TransferError as error:
+            self._link.fail(error)
+            return self._end(0.0)
+        if self._link.side.clock.now() >= self._deadline_at_s:
+            self._link.gb_per_s = 0.0  # but it is not over
+        return False
+
+    def tear_down(self) -> None:
+        self._link.gb_per_s = self._link.gb_per_s or 0.0
+
+    def _gb_per_s(self) -> float:
+        size_bytes = len(self._blocks) * self._link.side.memory.layout.block_bytes
+        return size_bytes / (time.perf_counter() - self._posted_at_s) / 1e9
+
+    def _end(self, gb_per_s: float) -> bool:
+        if self._link.gb_per_s is None:
+            self._link.gb_per_s = gb_per_s
+        return True
