@@ -22,6 +22,8 @@ from kvrelay_client import AsyncClient
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 CONNECTORS = ("shm", "grpc")
+# Of these, a sample has one cell.
+OPTIONAL_CONNECTORS = ("nixl",)
 # Whole prompts at once in large blocks, and chunks that end inside of small blocks.
 GRAINS = {
     "whole": {"block_tokens": 64, "max_num_seqs": 16, "max_batched_tokens": 2048},
@@ -37,8 +39,8 @@ def sampled_cells() -> set[tuple[str, str, str]]:
 
 
 def cells() -> list[object]:
-    sampled = sampled_cells()
-    every = product(VARIANTS, CONNECTORS, GRAINS)
+    sampled = sampled_cells() | {(next(iter(VARIANTS)), connector, "chunked") for connector in OPTIONAL_CONNECTORS}
+    every = product(VARIANTS, (*CONNECTORS, *OPTIONAL_CONNECTORS), GRAINS)
     return [
         pytest.param(*cell, id="-".join(cell), marks=[] if cell in sampled else [pytest.mark.full]) for cell in every
     ]

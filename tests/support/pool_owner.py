@@ -1,7 +1,8 @@
-"""A process of its own that owns a KV pool and serves its descriptor: `pool_owner.py SOCKET BLOCKS BLOCK_FLOATS`.
+"""A process of its own that owns a KV pool: `pool_owner.py SOCKET|nixl BLOCKS BLOCK_FLOATS`.
 
-Prints one JSON line when the pool is filled (block i with the float i), then does what each line on stdin says:
-`bump BLOCK` rewrites a block for another request. Ends with its stdin.
+It serves the pool's descriptor at SOCKET, or the pool by NIXL, where `nixl-resting` has no ticket open. Prints one JSON
+line when the pool is filled (block i with the float i), then does what each line on stdin says: `bump BLOCK` rewrites
+a block for another request. Ends with its stdin.
 """
 
 from __future__ import annotations
@@ -9,20 +10,39 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from kvrelay_core.clock import MonotonicClock
+from kvrelay_transfer.connectors.base import Connector
+from kvrelay_transfer.connectors.nixl import NixlConnector
 from kvrelay_transfer.connectors.shm import ShmConnector
 from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.pool_memory import PoolMemory
+from kvrelay_transfer.ticket import KvTicket
 
 
-def main(socket_path: str, num_blocks: int, block_floats: int) -> None:
+class AnyExport:
+    """The gate of a source that exports all it has."""
+
+    def check_export(self, ticket: KvTicket, group: int, blocks: Sequence[int]) -> None:
+        pass
+
+
+def connect(where: str, memory: PoolMemory) -> Connector:
+    if not where.startswith("nixl"):
+        return ShmConnector(memory, MonotonicClock(), Path(where))
+    connector = NixlConnector(memory, MonotonicClock())
+    connector.serve(None if where == "nixl-resting" else AnyExport())
+    return connector
+
+
+def main(where: str, num_blocks: int, block_floats: int) -> None:
     layout = KvLayout("float32", 1, 1, 4, block_floats // 8, hash_unit_tokens=8)
     memory = PoolMemory.allocate(layout, num_blocks, "cpu", os.urandom(16))
     for block in range(num_blocks):
         memory.tensor[block] = float(block)
-    connector = ShmConnector(memory, MonotonicClock(), Path(socket_path))
+    connector = connect(where, memory)
     offer = connector.offer()
     assert offer is not None
     words = [memory.words.read(block) for block in range(num_blocks)]
