@@ -146,6 +146,19 @@ def test_a_read_that_misses_its_deadline_breaks_the_hand_off(pair: HandoffPair) 
     pair.assert_all_free()
 
 
+def test_a_read_that_has_failed_but_can_still_land_breaks_the_hand_off_and_is_quarantined(pair: HandoffPair) -> None:
+    finished(pair)
+    pair.poll()
+    transfer = pair.only_transfer()
+    transfer.error = DeadlineError("nothing came")
+    outcome = pair.poll()
+    assert isinstance(outcome, HandoffBroken) and isinstance(outcome.error, DeadlineError)
+    assert pair.reader.num_quarantined == len(transfer.request.local_blocks) and transfer.was_aborted
+    transfer.land()
+    assert pair.reader.poll() == []
+    pair.assert_all_free()
+
+
 def test_a_disconnected_peer_tears_its_reads_down(pair: HandoffPair) -> None:
     finished(pair)
     pair.poll()
