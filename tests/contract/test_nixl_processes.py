@@ -7,11 +7,7 @@ allows it, which the tests do that need a read to hang.
 from __future__ import annotations
 
 import gc
-import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,61 +15,17 @@ from pathlib import Path
 import pytest
 import torch
 from connector_benches import ConnectorBench, make_bench
-from handoff_sides import ADDRESS, MODEL, make_memory, wait_until
+from handoff_sides import make_memory, wait_until
+from nixl_owner import OWNER_BLOCKS, OWNER_FLOATS, OWNER_LAYOUT, OwnerProcess
 
 from kvrelay_core.clock import MonotonicClock
 from kvrelay_core.errors import DeadlineError, TransferError
-from kvrelay_transfer.connectors.base import BlockRead, ConnectorOffer, PeerInfo, PeerLink, Transfer, TransferState
+from kvrelay_transfer.connectors.base import BlockRead, PeerLink, Transfer, TransferState
 from kvrelay_transfer.connectors.nixl import NixlConnector
-from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.pool_memory import PoolMemory
 
-OWNER = Path(__file__).parent.parent / "support" / "pool_owner.py"
-OWNER_BLOCKS, OWNER_FLOATS = 64, 4096
-OWNER_LAYOUT = KvLayout("float32", 1, 1, 4, OWNER_FLOATS // 8, hash_unit_tokens=8)
 DEADLINE_S = 0.5
 EMULATED_TCP = {"UCX_TLS": "tcp", "UCX_PROTO_EMULATION_ENABLE": "y"}
-
-
-class OwnerProcess:
-    def __init__(self, how: str = "nixl") -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(OWNER), how, str(OWNER_BLOCKS), str(OWNER_FLOATS)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        ready = json.loads(self._read_line())
-        self.words = tuple(ready["words"])
-        self.offer = ConnectorOffer("nixl", bytes.fromhex(ready["endpoint"]))
-        self.peer = PeerInfo(ADDRESS, bytes.fromhex(ready["epoch"]), MODEL, OWNER_LAYOUT, (self.offer,))
-
-    def bump(self, block: int) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"bump {block}\n")
-        self.process.stdin.flush()
-        assert self._read_line() == "done\n"
-
-    def stop(self) -> None:
-        self.process.send_signal(signal.SIGSTOP)
-        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOWAIT)
-
-    def resume(self) -> None:
-        self.process.send_signal(signal.SIGCONT)
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait(timeout=20)
-
-    def end(self) -> None:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=20)
-        self.process.stdout.close()
-
-    def _read_line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline()
 
 
 @pytest.fixture(params=["cma", pytest.param("tcp", marks=pytest.mark.full)])

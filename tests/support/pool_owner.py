@@ -1,4 +1,4 @@
-"""A process of its own that owns a KV pool: `pool_owner.py SOCKET|nixl BLOCKS BLOCK_FLOATS`.
+"""A process of its own that owns a KV pool: `pool_owner.py SOCKET|nixl BLOCKS BLOCK_FLOATS [DEVICE]`.
 
 It serves the pool's descriptor at SOCKET, or the pool by NIXL, where `nixl-resting` has no ticket open. Prints one JSON
 line when the pool is filled (block i with the float i), then does what each line on stdin says: `bump BLOCK` rewrites
@@ -37,9 +37,9 @@ def connect(where: str, memory: PoolMemory) -> Connector:
     return connector
 
 
-def main(where: str, num_blocks: int, block_floats: int) -> None:
+def main(where: str, num_blocks: int, block_floats: int, device: str = "cpu") -> None:
     layout = KvLayout("float32", 1, 1, 4, block_floats // 8, hash_unit_tokens=8)
-    memory = PoolMemory.allocate(layout, num_blocks, "cpu", os.urandom(16))
+    memory = PoolMemory.allocate(layout, num_blocks, device, os.urandom(16))
     for block in range(num_blocks):
         memory.tensor[block] = float(block)
     connector = connect(where, memory)
@@ -57,4 +57,4 @@ def main(where: str, num_blocks: int, block_floats: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])
