@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ from kvrelay_core.clock import MonotonicClock
 from kvrelay_core.errors import DeadlineError, TransferError
 from kvrelay_transfer.connectors.base import BlockRead, PeerLink, Transfer, TransferState
 from kvrelay_transfer.connectors.nixl import NixlConnector
+from kvrelay_transfer.connectors.nixl_agent import NixlAgent, PostedRead, PreparedSpans
 from kvrelay_transfer.pool_memory import PoolMemory
 
 DEADLINE_S = 0.5
@@ -57,10 +58,19 @@ def start() -> Iterator[Callable[..., OwnerProcess]]:
         owner.end()
 
 
+@pytest.fixture(scope="module")
+def living_owner() -> Iterator[OwnerProcess]:
+    """For tests that leave it as it was."""
+    owner = OwnerProcess()
+    yield owner
+    owner.kill()
+    owner.end()
+
+
 class Reader:
-    def __init__(self, ticket_of: ConnectorBench) -> None:
+    def __init__(self, ticket_of: ConnectorBench, agent_type: type[NixlAgent]) -> None:
         self.memory: PoolMemory = make_memory(OWNER_BLOCKS, OWNER_LAYOUT)
-        self.connector = NixlConnector(self.memory, MonotonicClock(), DEADLINE_S)
+        self.connector = NixlConnector(self.memory, MonotonicClock(), DEADLINE_S, agent_type)
         self._ticket = ticket_of.ticket
         self._is_closed = False
 
@@ -109,9 +119,9 @@ def plain_reader(tmp_path: Path) -> Iterator[Reader]:
     yield from _reader(tmp_path)
 
 
-def _reader(tmp_path: Path) -> Iterator[Reader]:
+def _reader(tmp_path: Path, agent_type: type[NixlAgent] = NixlAgent) -> Iterator[Reader]:
     bench = make_bench("memory", tmp_path)
-    reader = Reader(bench)
+    reader = Reader(bench, agent_type)
     yield reader
     reader.close()
     bench.close()
@@ -135,14 +145,13 @@ def test_a_source_at_rest_answers_a_reader_that_connects(
 
 
 def test_a_read_that_ucx_would_emulate_is_refused_at_connect(
-    tmp_path: Path, start: Callable[..., OwnerProcess], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, living_owner: OwnerProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("UCX_TLS", "tcp")
-    owner = start()
     for reader in _reader(tmp_path):
         with pytest.raises(TransferError, match="NIXL could not post a read"):
-            reader.connector.connect(owner.peer, owner.offer)
-    assert owner.process.poll() is None
+            reader.connector.connect(living_owner.peer, living_owner.offer)
+    assert living_owner.process.poll() is None
 
 
 def test_a_source_killed_before_a_read_ends_it_at_once(reader: Reader, start: Callable[..., OwnerProcess]) -> None:
@@ -190,12 +199,12 @@ def test_what_was_read_of_a_source_killed_after_it_stays(reader: Reader, start: 
 
 
 def test_a_stopped_source_is_read_where_hardware_or_kernel_do_it(
-    plain_reader: Reader, start: Callable[..., OwnerProcess]
+    plain_reader: Reader, living_owner: OwnerProcess
 ) -> None:
-    owner = start()
-    link = plain_reader.connect(owner)
-    owner.stop()
-    plain_reader.read_all(link, owner)
+    link = plain_reader.connect(living_owner)
+    living_owner.stop()
+    plain_reader.read_all(link, living_owner)
+    living_owner.resume()
 
 
 def test_a_read_of_a_stopped_source_fails_at_its_deadline_and_ends_when_nothing_can_land(
@@ -213,10 +222,32 @@ def test_a_read_of_a_stopped_source_fails_at_its_deadline_and_ends_when_nothing_
     link.close()
     late = link.read(tcp_reader.request((3,), (3,)))
     assert late.poll() is TransferState.TORN_DOWN
+    with pytest.raises(TransferError, match="have not ended"):
+        tcp_reader.connector.connect(owner.peer, owner.offer)
     owner.resume()
     assert tcp_reader.outcome(transfer) is TransferState.TORN_DOWN
     assert isinstance(transfer.error, DeadlineError) and transfer.words == ()
     tcp_reader.read_all(tcp_reader.connect(owner), owner)
+
+
+def test_a_link_that_has_failed_connects_again_for_the_next_read(tmp_path: Path, living_owner: OwnerProcess) -> None:
+    failing: list[bool] = []
+
+    class FailingAgent(NixlAgent):
+        def post_read(
+            self, local: PreparedSpans, to: Sequence[int], remote: PreparedSpans, of: Sequence[int]
+        ) -> PostedRead:
+            if failing:
+                raise TransferError("a cable was pulled")
+            return super().post_read(local, to, remote, of)
+
+    for reader in _reader(tmp_path, FailingAgent):
+        link = reader.connect(living_owner)
+        failing.append(True)
+        transfer = link.read(reader.request((1,), (1,)))
+        assert reader.outcome(transfer) is TransferState.FAILED and "cable" in str(transfer.error)
+        failing.clear()
+        reader.read_all(link, living_owner)
 
 
 def test_closing_the_connector_ends_what_hangs(tcp_reader: Reader, start: Callable[..., OwnerProcess]) -> None:
@@ -229,14 +260,11 @@ def test_closing_the_connector_ends_what_hangs(tcp_reader: Reader, start: Callab
     assert not tcp_reader.memory.block_rows[1:3].any()
 
 
-def test_a_closed_connector_leaves_no_thread_and_no_descriptor(
-    tmp_path: Path, start: Callable[..., OwnerProcess]
-) -> None:
-    owner = start()
+def test_a_closed_connector_leaves_no_thread_and_no_descriptor(tmp_path: Path, living_owner: OwnerProcess) -> None:
     counts: list[tuple[int, int]] = []
     for _ in range(3):
         for reader in _reader(tmp_path):
-            reader.read_all(reader.connect(owner), owner)
+            reader.read_all(reader.connect(living_owner), living_owner)
         gc.collect()  # the pool's mapping holds a descriptor
         counts.append((len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))))
     assert counts[1] == counts[2]

@@ -124,6 +124,7 @@ class NixlConnector(Connector):
             scratch_blocks=self._scratch_blocks,
             fly=self._fly,
             wake=self._wake,
+            is_reading=self._is_reading,
         )
         return NixlEndpoint(
             agent_name=agent.name,
@@ -140,6 +141,8 @@ class NixlConnector(Connector):
 
     def _open(self, peer_id: str, endpoint: NixlEndpoint) -> PeerLink:
         assert self._side is not None, "connect comes before close"
+        if self._is_reading(endpoint.agent_name):
+            raise TransferError(f"reads of a former link to {peer_id} have not ended; NIXL cannot connect it again yet")
         self._side.agent.add_remote(endpoint.agent_name, endpoint.metadata)
         try:
             link = NixlLink(self._side, peer_id, endpoint)
@@ -168,6 +171,10 @@ class NixlConnector(Connector):
         if any(link.flights for link in self._links):
             return READING_TICK_S
         return SERVING_TICK_S if self._is_serving else RESTING_TICK_S
+
+    def _is_reading(self, agent_name: str) -> bool:
+        links = [link for link in self._links if link.agent_name == agent_name]
+        return any(flight.is_posted for link in links for flight in link.flights)
 
     def _forget(self, agent: NixlAgent, agent_name: str) -> None:
         """Unless another link leads there."""

@@ -34,6 +34,10 @@ from kvrelay_transfer.pool_memory import PoolMemory
 class Flight(Protocol):
     """Something that NIXL may still be writing for."""
 
+    @property
+    def is_posted(self) -> bool:
+        """NIXL has a read of it that has not ended."""
+
     def advance(self) -> bool:
         """True when it is over and nothing of it can land any more. Does not raise."""
 
@@ -56,6 +60,7 @@ class ReaderSide:
     scratch_blocks: int
     fly: Callable[[NixlLink, Flight], None]  # has the agent's thread look after it
     wake: Callable[[], None]
+    is_reading: Callable[[str], bool]  # of the agent with this name; it may not be added or removed meanwhile
 
 
 class NixlLink(PeerLink):
@@ -67,11 +72,9 @@ class NixlLink(PeerLink):
         self.flights: list[Flight] = []  # the agent's thread's
         self.is_closed = False
         self.gb_per_s: float | None = None
-        self._num_blocks = endpoint.num_blocks
+        self._endpoint = endpoint
         self._failure: TransferError | None = None
-        data = endpoint.data(side.memory.layout.block_bytes)
-        self._blocks = side.agent.prepare(self.agent_name, data, side.memory.layout.block_bytes)
-        self._words = side.agent.prepare(self.agent_name, endpoint.words(), WORD_BYTES)
+        self._prepare()
         self.flights.append(_Probe(self, endpoint.num_blocks))
 
     # ------------------------------------------------------------------------------ on the engine's thread
@@ -82,9 +85,7 @@ class NixlLink(PeerLink):
         try:
             if read.slices is not None:
                 raise UnsupportedError("nixl reads whole blocks only")
-            if self._failure is not None:
-                raise TransferError(f"the link to {self.peer_id} has failed: {self._failure.message}")
-            check_block_range(read.remote_blocks, self._num_blocks, "the peer's")
+            check_block_range(read.remote_blocks, self._endpoint.num_blocks, "the peer's")
             check_block_range(read.local_blocks, self.side.memory.num_blocks, "our")
         except KvRelayError as error:
             return EndedTransfer(error)
@@ -120,14 +121,28 @@ class NixlLink(PeerLink):
         """NIXL's endpoint is of no use after an error, and may not be posted to."""
         self._failure = self._failure or error
 
-    def check_usable(self) -> None:
-        if self._failure is not None:
+    def renew(self) -> None:
+        """Connects again after a failure, when nothing is under way: networks heal. Raises TransferError."""
+        if self._failure is None:
+            return
+        if self.side.is_reading(self.agent_name):
             raise TransferError(f"the link to {self.peer_id} has failed: {self._failure.message}")
+        self.let_go()
+        self.side.agent.remove_remote(self.agent_name)
+        self.side.agent.add_remote(self.agent_name, self._endpoint.metadata)
+        self._prepare()
+        self._failure = None
 
     def let_go(self) -> None:
         """Of all that NIXL has for this link; nothing of it is under way."""
         for spans in (self._blocks, self._words):
             self.side.agent.let_go(spans)
+
+    def _prepare(self) -> None:
+        block_bytes = self.side.memory.layout.block_bytes
+        data, words = self._endpoint.data(block_bytes), self._endpoint.words()
+        self._blocks = self.side.agent.prepare(self.agent_name, data, block_bytes)
+        self._words = self.side.agent.prepare(self.agent_name, words, WORD_BYTES)
 
 
 class _NixlTransfer(Transfer):
@@ -141,6 +156,10 @@ class _NixlTransfer(Transfer):
         self._was_aborted = False
         self._posted: PostedRead | None = None
         self._are_words_posted = False
+
+    @property
+    def is_posted(self) -> bool:
+        return self._posted is not None
 
     def poll(self) -> TransferState:
         return self._state
@@ -166,7 +185,7 @@ class _NixlTransfer(Transfer):
         if self._posted is None:
             if self.error is not None:
                 return self._end_without_data()
-            self._link.check_usable()
+            self._link.renew()
             self._posted = self._link.post_blocks(self._read)
         if not self._posted.is_over():
             return False
@@ -183,12 +202,14 @@ class _NixlTransfer(Transfer):
         return self._end_with_words()
 
     def _end_with_words(self) -> bool:
+        self._posted = None
         MemoryFence()()
         self.words = tuple(self._link.side.arrived_words[list(self._read.local_blocks)].tolist())
         self._state = TransferState.DONE
         return True
 
     def _end_without_data(self) -> bool:
+        self._posted = None
         self._state = TransferState.TORN_DOWN if self._link.is_closed else TransferState.FAILED
         return True
 
@@ -214,6 +235,7 @@ class _Probe:
         self._passes_left = 2
         self._posted_at_s = 0.0
         self._posted = link.post_null_word()
+        self.is_posted = True
 
     def advance(self) -> bool:
         try:
@@ -240,6 +262,7 @@ class _Probe:
         return size_bytes / (time.perf_counter() - self._posted_at_s) / 1e9
 
     def _end(self, gb_per_s: float) -> bool:
+        self.is_posted = False
         if self._link.gb_per_s is None:
             self._link.gb_per_s = gb_per_s
         return True
