@@ -119,6 +119,7 @@ def test_ranks_are_read_into_ranks(connector: str, tmp_path: Path, p: int, d: in
             bench.close()
         kv = glue(memory.block_rows[local].numpy(), reader, NUM_TOKENS)
         assert np.array_equal(kv, heads_of(KV, reader))
+        memory.close()
 
 
 def test_a_block_reused_before_the_read_shows_in_the_word_of_each_of_its_pairs(bench: ConnectorBench) -> None:

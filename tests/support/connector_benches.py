@@ -105,7 +105,8 @@ class ConnectorBench(ABC):
         self.link.close()
         self.connector.close()
         self.side.close()
-        self.memory.close()
+        if self.shapes.memory is None:  # else it belongs to whoever shares it
+            self.memory.close()
 
 
 class MemoryBench(ConnectorBench):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from connector_benches import ConnectorBench, GatedClock
+from connector_benches import ConnectorBench, GatedClock, Shapes
 from handoff_sides import wait_until
 
 from kvrelay_transfer.connectors.base import BlockRead, Connector, ConnectorOffer, Transfer
@@ -33,8 +33,8 @@ class WatchedAgent(NixlAgent):
 
 
 class NixlBench(ConnectorBench):
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, shapes: Shapes) -> None:
+        super().__init__(shapes)
         wait_until(lambda: self.link.probed_gb_per_s() is not None)
 
     def make_connector(self) -> Connector:
