@@ -32,9 +32,9 @@ _TABLE: Final = MappingProxyType(
         ("norm", "rows"): {_ANY_GPU: Launch(tile=2048)},
         ("silu_mul", "rows"): {_ANY_GPU: Launch(tile=1024)},
         ("kv_copy", "span"): {_ANY_GPU: Launch(tile=2048, num_warps=8)},
-        ("kv_copy", "long rows"): {_ANY_GPU: Launch(tile=2048, rows=1, num_warps=8)},
-        ("kv_copy", "rows"): {_ANY_GPU: Launch(tile=128, rows=16, num_warps=8)},
-        ("kv_copy", "short rows"): {_ANY_GPU: Launch(tile=16, rows=128, num_warps=8)},
+        ("kv_copy", "long rows"): {_ANY_GPU: Launch(tile=2048, rows=4, num_warps=16)},
+        ("kv_copy", "rows"): {_ANY_GPU: Launch(tile=128, rows=64, num_warps=16)},
+        ("kv_copy", "short rows"): {_ANY_GPU: Launch(tile=16, rows=512, num_warps=16)},
         ("paged_attention", "decode"): {
             _ANY_GPU: Launch(tile=64, rows=16, num_warps=4, num_stages=2),
             "NVIDIA H200": Launch(tile=64, rows=16, num_warps=4, num_stages=3),

@@ -32,7 +32,8 @@ FLAGS: dict[str, Any] = {
     "decode_devices": 1,
     "kv_blocks": 640,
 }
-LOGPROB_TOLERANCE = 0.06  # bfloat16 logits of this model, of two batch shapes
+# Of the norm over an answer's tokens: bfloat16 results of two batch shapes differ in their last bits.
+LOGPROB_TOLERANCE = 0.05
 NUM_BFLOAT16_TOKENS = 12
 
 
@@ -65,7 +66,15 @@ async def test_bfloat16_logits_are_those_of_one_process(checkpoint: CheckpointMa
         cluster.assert_no_leaks()
     for prompt, (tokens, logprobs) in zip(prompts, answers, strict=True):
         expected = one_process_logprobs(model_dir, prompt, tokens)
-        torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=0.0, atol=LOGPROB_TOLERANCE)
+        assert distance(logprobs, expected) < LOGPROB_TOLERANCE, f"prompt of {len(prompt)} tokens"
+    # The measure can fail: one block of 16 tokens that is another's would be seen.
+    spoiled = [*prompts[-1][:64], *reversed(prompts[-1][64:80]), *prompts[-1][80:]]
+    tokens, logprobs = answers[-1]
+    assert distance(logprobs, one_process_logprobs(model_dir, spoiled, tokens)) > LOGPROB_TOLERANCE
+
+
+def distance(logprobs: list[float], expected: torch.Tensor) -> float:
+    return float((torch.tensor(logprobs) - expected).norm() / expected.norm())
 
 
 async def with_logprobs(client: AsyncClient, prompt: list[int]) -> tuple[list[int], list[float]]:
