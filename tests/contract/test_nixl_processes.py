@@ -25,7 +25,7 @@ from kvrelay_transfer.connectors.nixl import NixlConnector
 from kvrelay_transfer.connectors.nixl_agent import NixlAgent, PostedRead, PreparedSpans
 from kvrelay_transfer.pool_memory import PoolMemory
 
-DEADLINE_S = 0.5
+DEADLINE_S = 1.5
 EMULATED_TCP = {"UCX_TLS": "tcp", "UCX_PROTO_EMULATION_ENABLE": "y"}
 
 
