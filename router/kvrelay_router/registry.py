@@ -1,6 +1,6 @@
 """The workers that this router knows: a static list of addresses, a session with each, and one common model.
 
-A worker whose weights or KV layout differ from those of the workers that serve is kept out until it fits. Without a
+A worker whose weights or kind of KV differ from those of the workers that serve is kept out until it fits. Without a
 prefill worker in the list, decode workers do everything.
 """
 
@@ -144,7 +144,13 @@ def _require_same_model(key: str, description: worker_pb2.DescribeResponse, othe
             f"(fingerprint {description.model_fingerprint.hex()[:16]} against {known.model_fingerprint.hex()[:16]}); "
             "start both with the same checkpoint and dtype"
         )
-    if list(description.layouts) != list(known.layouts):
+    if _kv_content(description) != _kv_content(known):
         raise MismatchError(
-            f"worker {key} has another KV layout than {other.worker_id}; start both with the same --block-tokens"
+            f"worker {key} holds KV of another kind than {other.worker_id}; start both with the same checkpoint, "
+            "--dtype and hash unit"
         )
+
+
+def _kv_content(description: worker_pb2.DescribeResponse) -> list[tuple[str, int, int, int]]:
+    """Of each KV group, what workers must agree on. Block sizes and ranks may differ: the reader slices."""
+    return [(kv.dtype, kv.num_layers, kv.head_dim, kv.hash_unit_tokens) for kv in description.layouts]

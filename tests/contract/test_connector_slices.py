@@ -136,7 +136,7 @@ def test_a_block_reused_before_the_read_shows_in_the_word_of_each_of_its_pairs(b
 
 
 def test_a_block_reused_during_the_read_shows_in_its_word(bench: ConnectorBench) -> None:
-    """The last piece first: no two pairs are one copy, and the reuse comes behind the first of them."""
+    """The first 64 tokens, last piece first: no two pairs are one copy, and the reuse comes behind the first."""
     local = scatter(bench.memory.layout, 1)
     read = first_pairs(whole_read(bench, local), 4, step=-1)
     reused = read.remote_blocks[0]

@@ -341,41 +341,33 @@ async def test_a_ticket_for_a_prompt_of_another_length(calls: DirectCalls, quest
     await check_other_prompt(calls, question, (question[0] * 2)[:num_tokens])
 
 
-def fit_blocks(ticket: KvTicket) -> None:
-    """As a worker with blocks twice as large would have issued it."""
-    ticket.layout.block_tokens *= 2
-    num_blocks = -(-ticket.num_tokens // ticket.layout.block_tokens)
-    del ticket.groups[0].blocks[num_blocks:]
-    del ticket.groups[0].words[num_blocks:]
-
-
 def fingerprint_of(address: str) -> bytes:
     with grpc.insecure_channel(address) as channel:
         return WorkerServiceStub(channel).Describe(worker_pb2.DescribeRequest(), timeout=5).model_fingerprint
 
 
-@pytest.mark.parametrize("differs", ["blocks", "weights"])
+@pytest.mark.parametrize("differs", ["dtype", "weights"])
 async def test_a_pair_that_does_not_match(pair: Cluster, model_dir: Path, tmp_path: Path, differs: str) -> None:
     """The ticket as it is, and one that was made to fit: then the handshake tells."""
     prompt = make_prompt(VOCAB_SIZE, 40, 7)
     [answer] = await asyncio.to_thread(reference_greedy, model_dir, [prompt], NUM_TOKENS)
     if differs == "weights":
         model_dir = await asyncio.to_thread(make_checkpoint, tmp_path / "other", seed=1, **VARIANTS["qwen3"])
-    block_tokens = 2 * BLOCK_TOKENS if differs == "blocks" else BLOCK_TOKENS
+    dtype = "bfloat16" if differs == "dtype" else "float32"
     source, reader = pair.address_of("prefill", 0), pair.address_of("decode", 0)
-    with lone_decode(model_dir, block_tokens=block_tokens) as address:
+    with lone_decode(model_dir, block_tokens=BLOCK_TOKENS, dtype=dtype) as address:
         async with DirectCalls(source, address) as stranger, DirectCalls(source, reader) as own:
             prefilled = await own.prefill(prompt)
             fitted = KvTicket()
             fitted.CopyFrom(prefilled.ticket)
-            if differs == "blocks":
-                fit_blocks(fitted)
-            else:
-                fitted.model_fingerprint = fingerprint_of(address)
+            fitted.layout.dtype = dtype
+            fitted.model_fingerprint = fingerprint_of(address)
             attempt = prefilled.attempt
             for ticket in (prefilled.ticket, fitted):
                 outcome = await stranger.decode(prompt, ticket, attempt)
                 assert_refused(outcome.refusal, MismatchError)
+                if differs == "dtype" and ticket is prefilled.ticket:
+                    assert "start both workers with the same --dtype" in outcome.refusal.message
                 attempt = next_attempt(attempt)
             genuine = await own.decode(prompt, prefilled.ticket, prefilled.attempt)
             assert (genuine.tokens, genuine.pulled_blocks) == (answer, 3)

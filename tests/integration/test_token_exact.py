@@ -6,18 +6,15 @@ cache, mixed batch) and once more behind a longer shared prefix.
 
 from __future__ import annotations
 
-import asyncio
 import random
 from itertools import product
 
 import pytest
-from answers import ask, ask_greedy
 from checkpoints import VARIANTS, reference_greedy
 from cluster import Cluster
+from exactness import check_mixed_batch, check_one_by_one
 from made_checkpoints import CheckpointMaker
 from oracle import NUM_TOKENS, expected_answers
-
-from kvrelay_client import AsyncClient
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
@@ -62,29 +59,6 @@ async def test_answers_equal_transformers(
             await check_one_by_one(client, expected, connector)
             await check_mixed_batch(client, expected)
         cluster.assert_no_leaks()
-
-
-async def check_one_by_one(
-    client: AsyncClient, expected: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...], connector: str
-) -> None:
-    for prompt, answer in expected:
-        cold = await ask(client, token_ids=prompt, max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)
-        assert tuple(cold.token_ids) == answer, f"prompt of {len(prompt)} tokens, cold"
-        assert cold.end.usage.prompt_tokens == len(prompt)
-        assert (cold.handoff.connector, cold.handoff.size_bytes > 0) == (connector, True)
-
-
-async def check_mixed_batch(client: AsyncClient, expected: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]) -> None:
-    """16 at once, two of them twice: with what the prefix cache knows by now, and as a tenant it knows nothing of."""
-    batch = [*expected, expected[-1], expected[-2]]
-    for salt in ("", "another tenant"):
-        answers = await asyncio.gather(*(ask_greedy(client, list(prompt), NUM_TOKENS, salt) for prompt, _ in batch))
-        for (prompt, answer), got in zip(batch, answers, strict=True):
-            assert tuple(got) == answer, f"prompt of {len(prompt)} tokens, in a batch, salt {salt!r}"
-    prompt, answer = expected[-1]
-    warm = await ask(client, token_ids=prompt, max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)
-    assert tuple(warm.token_ids) == answer
-    assert warm.end.usage.cached_tokens == (len(prompt) - 1) // 64 * 64
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

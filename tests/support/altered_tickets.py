@@ -48,6 +48,14 @@ def flip(target: Any, name: str) -> None:
     setattr(target, name, bytes([data[0] ^ 1]) + data[1:])
 
 
+def fit_blocks(ticket: KvTicket) -> None:
+    """As a worker with blocks twice as large would have issued it."""
+    ticket.layout.block_tokens *= 2
+    num_blocks = -(-ticket.num_tokens // ticket.layout.block_tokens)
+    del ticket.groups[0].blocks[num_blocks:]
+    del ticket.groups[0].words[num_blocks:]
+
+
 def flip_word(ticket: KvTicket) -> None:
     ticket.groups[0].words[1] ^= 1
 
@@ -58,6 +66,7 @@ SIGNED: dict[str, Alter] = {
     "a block replaced": lambda ticket: add_to_block(ticket, 7),
     "a block out of range": lambda ticket: set_block(ticket, 10**6),
     "a word changed": flip_word,
+    "larger blocks": fit_blocks,
     "another group": lambda ticket: add_to(ticket.groups[0], "group", 1),
     "lease: first_follow_s": lambda ticket: add_to(ticket.lease, "first_follow_s", 600),
     "lease: beat_s": lambda ticket: add_to(ticket.lease, "beat_s", 60),

@@ -59,6 +59,24 @@ def test_the_relay_is_exact_for_every_length_and_chunk_size(pairs: list[EnginePa
     assert pair.reader.the(messages.HandoffDone).timing.blocks_pulled == -(-length // 4)
 
 
+@pytest.mark.parametrize(("theirs", "ours"), [(2, 8), (8, 2), (4, 16)])
+@pytest.mark.parametrize("chunk", [11, 64])
+def test_the_relay_is_exact_between_blocks_of_other_sizes(
+    pairs: list[EnginePair], theirs: int, ours: int, chunk: int
+) -> None:
+    """Cold, then behind a prefix that both caches know, with several choices that share a partial block."""
+    pair = make_pair(
+        pairs, prefill={"block_tokens": theirs, "max_batched_tokens": chunk}, decode={"block_tokens": ours}
+    )
+    for index, length in enumerate([1, 7, 8, 9, 31, 32, 33, 47]):
+        pair.submit(index, make_generation(prompt_of(length), 10, num_choices=1 + index % 2))
+        pair.run()
+        for choice in range(1 + index % 2):
+            assert pair.answer(index, choice) == continuation(prompt_of(length), 10)
+    assert pair.reader.of(messages.HandoffDone)[-1].timing.blocks_reused > 0
+    assert not pair.reader.of(messages.RequestFailed)
+
+
 def test_many_at_once_with_choices(pair: EnginePair) -> None:
     for index in range(6):
         pair.submit(index, make_generation(prompt_of(4 + 5 * index, index), 7, num_choices=1 + index % 2))
