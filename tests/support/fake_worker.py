@@ -194,6 +194,7 @@ class FakeWorker(ABC, Generic[Call]):
         self.behaviour = behaviour
         self.fingerprint = b"model"
         self.block_tokens = 64
+        self.dtype = "float32"
         self.decode_alone_tokens = 0
         self.num_sessions = 0
         self.tls: TlsFiles | None = None
@@ -248,7 +249,7 @@ class FakeWorker(ABC, Generic[Call]):
             role=self.role,
             engine_epoch=self._epoch(),
             model_fingerprint=self.fingerprint,
-            layouts=[common_pb2.KvLayout(dtype="float32", num_layers=2, block_tokens=self.block_tokens)],
+            layouts=[common_pb2.KvLayout(dtype=self.dtype, num_layers=2, block_tokens=self.block_tokens)],
             max_model_len=MAX_MODEL_LEN,
             vocab_size=VOCAB_SIZE,
             decode_alone_tokens=self.decode_alone_tokens,
