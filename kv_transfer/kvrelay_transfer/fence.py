@@ -51,6 +51,11 @@ class FenceWords:
     def read(self, block: int) -> int:
         return int(self._words[block])
 
+    def read_after_copy(self, blocks: npt.NDArray[np.int64]) -> WordArray:
+        """The words now; no load of data that came before, on this thread, is delayed past them."""
+        MemoryFence()()
+        return self._words[blocks]
+
     def bump(self, block: int) -> int:
         """The store is visible before anything that is written to the block afterwards."""
         word = int(self._words[block])

@@ -139,7 +139,7 @@ def test_connectors_are_tried_in_our_order(tmp_path: Path) -> None:
 def test_an_unknown_connector_is_a_config_error(tmp_path: Path) -> None:
     bench = make_bench("grpc", tmp_path)
     assert isinstance(bench, GrpcBench)
-    with pytest.raises(ConfigError, match="there are: auto, cuda_ipc, shm, nixl, grpc"):
+    with pytest.raises(ConfigError, match="there are: auto, cuda_ipc, shm, nixl, ucx, grpc"):
         create_connectors(
             ["pigeon"],
             memory=bench.memory,

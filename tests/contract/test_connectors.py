@@ -12,16 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from connector_benches import ConnectorBench, ShmBench, make_bench
+from connector_benches import ConnectorBench, Shapes, ShmBench, make_bench
 from cuda_bench import NEEDS_GPU, CudaIpcBench
 from cuda_source import CudaSource, other_device
 from handoff_sides import wait_until
 from msgspec.structs import replace
+from ucx_bench import OVER_TCP, UcxBench
 
 from kvrelay_core.errors import DeadlineError, KvRelayError, TransferError
 from kvrelay_transfer.connectors.base import BlockRead, TransferState
 
-CONNECTORS = ["memory", "shm", "grpc", "nixl", pytest.param("cuda_ipc", marks=[pytest.mark.gpu, NEEDS_GPU])]
+CONNECTORS = [
+    "memory", "shm", "grpc", "nixl", "ucx", "ucx-tcp", pytest.param("cuda_ipc", marks=[pytest.mark.gpu, NEEDS_GPU])
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +35,20 @@ def cuda_source() -> Iterator[CudaSource]:
     source.end()
 
 
+def make_any_bench(name: str, directory: Path, request: pytest.FixtureRequest) -> ConnectorBench:
+    match name:
+        case "ucx":
+            return UcxBench(Shapes())
+        case "ucx-tcp":
+            return UcxBench(Shapes(), OVER_TCP)
+        case "cuda_ipc":
+            return CudaIpcBench(request.getfixturevalue("cuda_source"), directory)
+    return make_bench(name, directory)
+
+
 @pytest.fixture(params=CONNECTORS)
 def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ConnectorBench]:
-    if request.param == "cuda_ipc":
-        bench: ConnectorBench = CudaIpcBench(request.getfixturevalue("cuda_source"), tmp_path)
-    else:
-        bench = make_bench(request.param, tmp_path)
+    bench = make_any_bench(request.param, tmp_path, request)
     yield bench
     bench.close()
 
@@ -202,4 +213,4 @@ def test_a_probe_says_how_fast_the_link_is(bench: ConnectorBench) -> None:
     wait_until(lambda: bench.link.probed_gb_per_s() is not None)
     gb_per_s = bench.link.probed_gb_per_s()
     assert gb_per_s is not None
-    assert gb_per_s > 0.0 if bench.connector.name in ("shm", "nixl", "cuda_ipc") else gb_per_s == 0.0
+    assert gb_per_s > 0.0 if bench.connector.name in ("shm", "nixl", "ucx", "cuda_ipc") else gb_per_s == 0.0

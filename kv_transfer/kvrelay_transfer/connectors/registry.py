@@ -18,6 +18,7 @@ from kvrelay_transfer.connectors.cuda_ipc import CudaIpcConnector
 from kvrelay_transfer.connectors.grpc import GrpcConnector, SocketHalf
 from kvrelay_transfer.connectors.nixl import NixlConnector, has_rdma
 from kvrelay_transfer.connectors.shm import ShmConnector
+from kvrelay_transfer.connectors.ucx import UcxConnector
 from kvrelay_transfer.pool_memory import PoolMemory
 from kvrelay_transfer.staging import BlockStaging
 
@@ -71,8 +72,10 @@ def create_connectors(
                 connectors[name] = NixlConnector(memory, clock)
             case "grpc":
                 connectors[name] = GrpcConnector(memory.num_blocks, staging, socket_half, clock)
+            case "ucx":
+                connectors[name] = UcxConnector(memory, clock)
             case _:
-                raise ConfigError(f"no connector {name!r}; there are: auto, cuda_ipc, shm, nixl, grpc")
+                raise ConfigError(f"no connector {name!r}; there are: auto, cuda_ipc, shm, nixl, ucx, grpc")
     return connectors
 
 
