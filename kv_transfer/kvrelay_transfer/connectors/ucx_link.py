@@ -269,7 +269,7 @@ class UcxTransfer(Transfer):
 
 
 class _Probe:
-    """The speed from the first chunk's arrival to the last one's."""
+    """The speed from when the first chunk waits for us until the last one is here."""
 
     def __init__(self, link: UcxLink, clock: Clock) -> None:
         self._link = link
@@ -298,16 +298,15 @@ class _Probe:
         return None if index in self._arrived or index >= PROBE_CHUNKS else self._link.chunk_bytes
 
     def note_arrival(self, index: int) -> None:
+        if not self._arrived:
+            self._first_at_s = time.perf_counter()
         self._arrived.add(index)
 
     def land(self, index: int, chunk: Any, then: Job) -> None:
-        now_s = time.perf_counter()
         self._num_landed += 1
-        if self._num_landed == 1:
-            self._first_at_s = now_s
         if self._num_landed == PROBE_CHUNKS:
-            size_bytes = (PROBE_CHUNKS - 1) * self._link.chunk_bytes
-            self._end(size_bytes / (now_s - self._first_at_s) / 1e9)
+            size_bytes = PROBE_CHUNKS * self._link.chunk_bytes
+            self._end(size_bytes / (time.perf_counter() - self._first_at_s) / 1e9)
         then()
 
     def lose_connection(self) -> None:

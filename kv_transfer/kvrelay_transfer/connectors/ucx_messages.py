@@ -22,7 +22,7 @@ _ID_BITS, _INDEX_BITS = 44, 16
 _ID_MASK, _INDEX_MASK = (1 << _ID_BITS) - 1, (1 << _INDEX_BITS) - 1
 MAX_CHUNKS = _INDEX_MASK + 1
 
-PROBE_CHUNKS = 4  # of which the first one only warms the path
+PROBE_CHUNKS = 4
 
 
 class UcxEndpoint(Struct, frozen=True, array_like=True):
