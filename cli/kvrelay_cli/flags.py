@@ -10,10 +10,9 @@ import argparse
 from kvrelay_cli import flag_types
 from kvrelay_core.errors import ConfigError
 
-CONNECTORS = ("auto", "cuda_ipc", "shm", "nixl", "grpc")
+CONNECTORS = ("auto", "cuda_ipc", "shm", "nixl", "ucx", "grpc")
 PLACEMENTS = ("least_load", "round_robin")
 LOG_LEVELS = ("debug", "info", "warning", "error")
-_LATER_CONNECTORS = ("ucx",)
 
 # What `up` hands to every worker as it is.
 WORKER_FLAGS = (
@@ -35,8 +34,6 @@ SHARED_FLAGS = ("--model", "--drain-timeout", "--log-level", "--tls-cert", "--tl
 
 
 def connector(text: str) -> str:
-    if text in _LATER_CONNECTORS:
-        raise ConfigError(f"connector {text} is not available in this release; use {', '.join(CONNECTORS)}")
     if text not in CONNECTORS:
         raise argparse.ArgumentTypeError(f"{text!r} is not a connector; use {', '.join(CONNECTORS)}")
     return text
@@ -85,7 +82,7 @@ def add_worker_flags(parser: argparse.ArgumentParser) -> None:
         type=connector,
         default="auto",
         metavar="NAME",
-        help="how KV cache moves from prefill to decode: auto (default; the fastest that works), shm, grpc",
+        help="how KV cache moves from prefill to decode: auto (default; the fastest that works), shm, grpc, ucx",
     )
     group.add_argument(
         "--block-tokens",

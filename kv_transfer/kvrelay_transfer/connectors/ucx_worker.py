@@ -134,7 +134,7 @@ class UcxWorker:
         try:
             peer_address = api.UCXAddress.create_from_buffer(address)
             endpoint = self._worker.create_endpoint_from_worker_address(peer_address, True)
-        except (api.UCXError, ValueError) as error:
+        except (api.UCXError, ValueError, IndexError) as error:  # the last for an empty address
             raise TransferError(f"UCX cannot reach the peer: {error}") from error
         peer = UcxPeer(endpoint, on_lost)
         self._peers.add(peer)
@@ -149,6 +149,7 @@ class UcxWorker:
             peer.endpoint.remove_close_callback()
             # Forced, for the endpoint handles errors: waits for nothing that the peer would have to do.
             peer.endpoint.close_blocking()
+            peer.endpoint = None  # it holds its callback, which holds the peer
 
     def send(self, peer: UcxPeer, tag: int, buffer: Any, on_done: Done) -> None:
         """`buffer` is UCX's until `on_done` is called, which is never within this call."""

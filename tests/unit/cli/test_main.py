@@ -38,7 +38,6 @@ def test_help_imports_neither_torch_nor_grpc() -> None:
         (["up", "--model", "m", "--encoder", "1"], "--encoder is not available in this release"),
         (["up", "--model", "m", "--http-port", "8000"], "--http-port is not available in this release"),
         (["up", "--config", "/nonexistent/file.toml"], "cannot read --config"),
-        (["up", "--model", "m", "--connector", "ucx"], "connector ucx is not available in this release"),
         (["serve", "prefill"], "--model is missing"),
         (["generate", "--target", "h:1", "--prompt", "x", "--tls-ca", "ca.pem"], "TLS needs all of"),
         (["serve", "router", "--model", "m"], "--decode is missing"),
