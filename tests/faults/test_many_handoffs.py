@@ -1,0 +1,51 @@
+"""Ten thousand random hand-offs on each connector, one in twenty disturbed: every delivered block is bit-equal to
+what prefill wrote, and nothing is held at the end. A few hundred of them run with every change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from handoff_storm import DISTURBANCES, HandoffStorm
+
+from kvrelay_core.errors import LeaseExpiredError, OverloadedError, StaleTicketError, WorkerLostError
+
+CONNECTORS = ("memory", "shm", "grpc")
+DISTURBED_SHARE = 0.05
+SEED = 20
+
+
+def weather(connector: str, directory: Path, num_handoffs: int, share: float = DISTURBED_SHARE) -> HandoffStorm:
+    storm = HandoffStorm(connector, SEED, directory)
+    try:
+        storm.run(num_handoffs, share)
+    finally:
+        storm.close()
+    assert storm.ends.total() == num_handoffs
+    return storm
+
+
+@pytest.mark.parametrize("connector", CONNECTORS)
+def test_hundreds(tmp_path: Path, connector: str) -> None:
+    storm = weather(connector, tmp_path, 400)
+    assert storm.ends["arrived"] >= 0.9 * 400
+    assert storm.num_delivered_blocks >= 400
+
+
+@pytest.mark.parametrize("connector", CONNECTORS)
+def test_every_disturbance_often(tmp_path: Path, connector: str) -> None:
+    """Else the others would prove little: each kind of end is met."""
+    storm = weather(connector, tmp_path, 300, share=0.6)
+    assert storm.num_disturbed >= 5 * len(DISTURBANCES)
+    for error in (StaleTicketError, LeaseExpiredError, OverloadedError, WorkerLostError):
+        assert storm.ends[error.__name__] >= 3, (error, storm.ends)
+    assert storm.ends["cancelled"] >= 3
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("connector", CONNECTORS)
+def test_ten_thousand(tmp_path: Path, connector: str) -> None:
+    storm = weather(connector, tmp_path, 10_000)
+    assert storm.ends["arrived"] >= 0.9 * 10_000
+    assert storm.num_disturbed >= 0.04 * 10_000
