@@ -93,9 +93,13 @@ class HandoffFollow:
                     await self._follow_once(self._limit)
             except TimeoutError as error:
                 raise WorkerLostError(f"{self._ticket.source_address} did not take the Follow in time") from error
-            except WorkerLostError:
+            except WorkerLostError as error:
                 if self._is_attached:
                     deadline_s = loop.time() + config.follow_grace_s
+                    log.warning(
+                        "the follow of request %d is lost, it may come back within %g s: %s",
+                        self._request_id, config.follow_grace_s, error.message,
+                    )  # fmt: skip
                 # A call may still be put on the connection that is just dying: it failing proves nothing.
                 await asyncio.sleep(RETRY_PAUSE_S)
 

@@ -6,6 +6,7 @@ Every stream that attached tells the engine exactly once how it ended: released,
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import Counter
 from enum import Enum
 from typing import Any, Protocol
@@ -20,6 +21,8 @@ from kvrelay_transfer.ticket import KvTicket
 from kvrelay_worker.engine_link import EngineLink
 from kvrelay_worker.outbox import Outbox
 from kvrelay_worker.wire import error_info_to_wire, group_blocks_to_wire, lease_to_wire
+
+log = logging.getLogger(__name__)
 
 # A reader that does not read its Follow is as good as lost; Ready is cumulative and rare.
 FOLLOW_OUTBOX_LIMIT = 1024
@@ -62,6 +65,11 @@ class FollowStream:
 
     def lose(self) -> None:
         """The transport ended. Without effect after a release or a failure."""
+        if self.attached and self in self._book:
+            log.warning(
+                "the reader of ticket %s is lost, its KV stays pinned for %g s",
+                self.ticket.ticket_id, self.ticket.lease.lost_grace_s,
+            )  # fmt: skip
         self._book.leave(self, messages.FollowLost(self.number), FollowEnd.LOST)
         self.outbox.close()
 
@@ -82,6 +90,10 @@ class FollowBook:
     def __len__(self) -> int:
         return len(self._streams)
 
+    def __contains__(self, stream: FollowStream) -> bool:
+        """Whether the reader and the engine still count on it."""
+        return stream.number in self._streams
+
     def open(self, ticket: KvTicket) -> FollowStream:
         stream = FollowStream(next(self._numbers), ticket, self)
         self._engine.send(messages.FollowAttach(stream.number, ticket))
@@ -89,7 +101,7 @@ class FollowBook:
         return stream
 
     def tell(self, stream: FollowStream, command: messages.EngineCommand) -> None:
-        if stream.number in self._streams:
+        if stream in self:
             self._engine.notify(command)
 
     def leave(self, stream: FollowStream, command: messages.EngineCommand, end: FollowEnd) -> None:
