@@ -1,5 +1,5 @@
-"""A TCP proxy on loopback whose connections a test can cut or hold up: a lost transport between two processes that
-live on, or one that stands still as if its other end were stopped."""
+"""A TCP proxy on loopback whose connections a test can cut, hold up or slow down: a lost transport between two
+processes that live on, one that stands still as if its other end were stopped, or a poor one."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 CHUNK_BYTES = 65536
+SLOW_CHUNK_S = 0.02
 
 
 class CuttableProxy:
     def __init__(self, target: str) -> None:
-        self._host, _, self._port = target.rpartition(":")
+        self._target = target
+        self._bytes_per_s: float | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._refuses = False
@@ -32,9 +34,18 @@ class CuttableProxy:
         """Connections stay open and new ones are taken, but nothing passes: either end takes the other for stopped."""
         self._flows.clear()
 
+    def slow(self, bytes_per_s: float) -> None:
+        """Each direction of each connection passes no more than this."""
+        self._bytes_per_s = bytes_per_s
+
+    def retarget(self, target: str) -> None:
+        """New connections lead to another process from now on."""
+        self._target = target
+
     def mend(self) -> None:
-        """What was held passes, where its connection still stands; new connections are taken again."""
+        """What was held passes, where its connection still stands; new connections are taken again; all at speed."""
         self._refuses = False
+        self._bytes_per_s = None
         self._flows.set()
 
     async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -42,7 +53,12 @@ class CuttableProxy:
             writer.transport.abort()
             return
         self.num_accepted += 1
-        far_reader, far_writer = await asyncio.open_connection(self._host, int(self._port))
+        host, _, port = self._target.rpartition(":")
+        try:
+            far_reader, far_writer = await asyncio.open_connection(host, int(port))
+        except OSError:  # nobody listens there now
+            writer.transport.abort()
+            return
         self._writers |= {writer, far_writer}
         for source, sink in ((reader, far_writer), (far_reader, writer)):
             task = asyncio.ensure_future(self._pump(source, sink))
@@ -55,10 +71,17 @@ class CuttableProxy:
         if self._tasks:
             await asyncio.wait(self._tasks)
 
+    @property
+    def _chunk_bytes(self) -> int:
+        """On a slow link small pieces, so that it trickles and does not stutter."""
+        return CHUNK_BYTES if self._bytes_per_s is None else max(1, int(self._bytes_per_s * SLOW_CHUNK_S))
+
     async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
         try:
-            while data := await source.read(CHUNK_BYTES):
+            while data := await source.read(self._chunk_bytes):
                 await self._flows.wait()
+                if self._bytes_per_s is not None:
+                    await asyncio.sleep(len(data) / self._bytes_per_s)
                 sink.write(data)
                 await sink.drain()
             await self._flows.wait()

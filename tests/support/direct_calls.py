@@ -65,19 +65,20 @@ def next_attempt(attempt: AttemptId) -> AttemptId:
     return replace(attempt, attempt=attempt.attempt + 1)
 
 
-def greedy(prompt: Sequence[int]) -> Generation:
+def greedy(prompt: Sequence[int], cache_salt: str = "") -> Generation:
     sampling = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
-    return Generation(prompt=tuple(prompt), sampling=sampling, seed=1)
+    return Generation(prompt=tuple(prompt), sampling=sampling, seed=1, cache_salt=cache_salt)
 
 
-def prefill_request(prompt: Sequence[int], attempt: AttemptId) -> prefill_pb2.PrefillRequest:
-    generation = generation_to_wire(greedy(prompt))
+def prefill_request(prompt: Sequence[int], attempt: AttemptId, cache_salt: str = "") -> prefill_pb2.PrefillRequest:
+    generation = generation_to_wire(greedy(prompt, cache_salt))
     return prefill_pb2.PrefillRequest(attempt=attempt_to_wire(attempt), generation=generation, handoff=True)
 
 
 class DirectCalls:
-    def __init__(self, prefill: str, decode: str) -> None:
+    def __init__(self, prefill: str, decode: str, cache_salt: str = "") -> None:
         self._addresses = (prefill, decode)
+        self._cache_salt = cache_salt
 
     async def __aenter__(self) -> DirectCalls:
         self._channels = [open_channel(address) for address in self._addresses]
@@ -99,7 +100,9 @@ class DirectCalls:
         """Reads the stream to its end. Raises what the worker answers instead."""
         attempt, ticket = new_attempt(), None
         try:
-            call = self.prefill_stub.Prefill(prefill_request(prompt, attempt), timeout=CALL_DEADLINE_S)
+            call = self.prefill_stub.Prefill(
+                prefill_request(prompt, attempt, self._cache_salt), timeout=CALL_DEADLINE_S
+            )
             async for response in call:
                 match response.WhichOneof("event"):
                     case "accepted":
@@ -123,7 +126,9 @@ class DirectCalls:
         outcome = Outcome()
         call = self.decode_stub.Decode(timeout=CALL_DEADLINE_S)
         start = decode_pb2.DecodeStart(
-            attempt=attempt_to_wire(attempt), generation=generation_to_wire(greedy(prompt)), ticket=ticket
+            attempt=attempt_to_wire(attempt),
+            generation=generation_to_wire(greedy(prompt, self._cache_salt)),
+            ticket=ticket,
         )
         try:
             await call.write(decode_pb2.DecodeRequest(start=start))

@@ -11,6 +11,12 @@ def is_alive(pid: int) -> bool:
     return _stat(pid) is not None and _stat(pid)[0] != "Z"  # type: ignore[index]
 
 
+def state_of(pid: int) -> str | None:
+    """R running, S sleeping, T stopped, Z zombie, ...; None when it is gone."""
+    fields = _stat(pid)
+    return None if fields is None else fields[0]
+
+
 def command_line(pid: int) -> list[str]:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")

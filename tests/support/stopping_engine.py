@@ -1,0 +1,127 @@
+"""An engine process that stops itself (SIGSTOP) at a named moment, once, when a test has asked for it by a file.
+
+It is the product's engine with a few methods wrapped: a moment that lies between two instructions cannot be hit from
+outside. Files in `RUN_DIR/stops`, each of which holds a number n and goes when it is used:
+
+    accept   the source is about to reserve and to issue a ticket            (for the n-th time from now)
+    export   the source has copied blocks for a Fetch and not read their words (grpc)
+    read     the reader is about to post a read
+    copied   the reader's copy has ended and the words are not read           (shm)
+    arrive   the reader has verified all blocks and not released the ticket
+    token    the reader is about to append a token of its own
+
+`stall` stops nothing: while it is there, reads are not posted and stay pending, also when they are aborted, as on a
+network card; later they land where they were told to. Whoever waits for a stop looks at the process's state.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar
+
+from kvrelay_engine import process
+from kvrelay_engine.config import load_config
+from kvrelay_engine.engine import Engine
+from kvrelay_engine.handoff_incoming import Incoming
+from kvrelay_engine.handoff_reader import HandoffReader
+from kvrelay_engine.handoff_source import HandoffSource
+from kvrelay_transfer.connectors import shm
+from kvrelay_transfer.connectors.base import BlockRead, Transfer, TransferState
+from kvrelay_transfer.connectors.copy_thread import copy_span
+from kvrelay_transfer.staging import BlockStaging
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Stops:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @property
+    def stall(self) -> Path:
+        return self._folder / "stall"
+
+    def reach(self, point: str) -> None:
+        path = self._folder / point
+        try:
+            left = int(path.read_text())
+        except FileNotFoundError:
+            return
+        if left > 1:
+            path.write_text(str(left - 1))
+            return
+        path.unlink()
+        # To this very thread: it does not get past the call before the process stands still.
+        signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
+
+    def before(self, point: str, function: F) -> F:
+        @wraps(function)
+        def stopping(*args: Any, **kwargs: Any) -> Any:
+            self.reach(point)
+            return function(*args, **kwargs)
+
+        return stopping  # type: ignore[return-value]
+
+    def after(self, point: str, function: F) -> F:
+        @wraps(function)
+        def stopping(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            self.reach(point)
+            return result
+
+        return stopping  # type: ignore[return-value]
+
+
+class StalledTransfer(Transfer):
+    """A read that is posted when the file is gone, and runs to its end whoever has aborted it."""
+
+    def __init__(self, post: Callable[[BlockRead], Transfer], read: BlockRead, stall: Path) -> None:
+        self._post, self._read, self._stall = post, read, stall
+        self._posted: Transfer | None = None
+
+    def poll(self) -> TransferState:
+        if self._posted is None:
+            if self._stall.exists():
+                return TransferState.PENDING
+            self._posted = self._post(self._read)
+        state = self._posted.poll()
+        self.words, self.error = self._posted.words, self._posted.error
+        return state
+
+    def abort(self) -> None:
+        pass
+
+
+def install(stops: Stops) -> None:
+    post = stops.before("read", Incoming.post)
+
+    def post_or_stall(incoming: Incoming, end: int, peer_id: str, read: Callable[[BlockRead], Transfer]) -> None:
+        def stalled(request: BlockRead) -> Transfer:
+            return StalledTransfer(read, request, stops.stall)
+
+        post(incoming, end, peer_id, stalled if stops.stall.exists() else read)
+
+    handoff: Any = Incoming
+    handoff.post = post_or_stall
+    patched: Any = HandoffReader
+    patched._arrive = stops.before("arrive", HandoffReader._arrive)
+    source: Any = HandoffSource
+    source.accept = stops.before("accept", HandoffSource.accept)
+    engine: Any = Engine
+    engine._append = stops.before("token", Engine._append)
+    staging: Any = BlockStaging
+    staging.copy_out = stops.after("export", BlockStaging.copy_out)
+    copies: Any = shm
+    copies.copy_span = stops.after("copied", copy_span)
+
+
+if __name__ == "__main__":
+    folder = Path(load_config(sys.argv[sys.argv.index("--config") + 1]).run_dir) / "stops"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    install(Stops(folder))
+    sys.exit(process.main())
