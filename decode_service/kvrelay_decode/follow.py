@@ -84,8 +84,7 @@ class HandoffFollow:
 
     async def _follow_until_released(self) -> None:
         """Raises what ended the Follow, WorkerLostError once the source has been away for too long."""
-        loop, config = asyncio.get_running_loop(), self._worker.config
-        deadline_s = loop.time() + config.call_timeout_s
+        deadline_s = asyncio.get_running_loop().time() + self._worker.config.call_timeout_s
         while not self._is_released:
             self._is_attached = False
             try:
@@ -94,14 +93,22 @@ class HandoffFollow:
             except TimeoutError as error:
                 raise WorkerLostError(f"{self._ticket.source_address} did not take the Follow in time") from error
             except WorkerLostError as error:
-                if self._is_attached:
-                    deadline_s = loop.time() + config.follow_grace_s
-                    log.warning(
-                        "the follow of request %d is lost, it may come back within %g s: %s",
-                        self._request_id, config.follow_grace_s, error.message,
-                    )  # fmt: skip
+                deadline_s = self._lost(error, deadline_s)
                 # A call may still be put on the connection that is just dying: it failing proves nothing.
                 await asyncio.sleep(RETRY_PAUSE_S)
+
+    def _lost(self, error: WorkerLostError, deadline_s: float) -> float:
+        """Until when the source may come back: within the grace, also where it had not answered yet."""
+        grace_s = self._worker.config.follow_grace_s
+        grace_ends_s = asyncio.get_running_loop().time() + grace_s
+        if not self._is_attached and grace_ends_s >= deadline_s:
+            return deadline_s
+        if not self._is_released:
+            log.warning(
+                "the follow of request %d is lost, it may come back within %g s: %s",
+                self._request_id, grace_s, error.message,
+            )  # fmt: skip
+        return grace_ends_s
 
     async def _follow_once(self, limit: asyncio.Timeout) -> None:
         stub = await self._peers.connect(self._ticket)

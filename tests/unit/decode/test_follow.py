@@ -246,6 +246,18 @@ async def test_a_source_whose_engine_is_lost_ends_the_handoff_at_once() -> None:
         await it.reader.engine.expect(messages.Abort)
 
 
+async def test_a_source_out_of_reach_is_given_up_after_the_grace_though_it_never_answered() -> None:
+    """It issued the ticket a moment ago: there is no reason to wait longer than for one that was followed."""
+    async with relay(follow_grace_s=0.3, call_timeout_s=60.0) as it:
+        await it.reader.role.peers.connect(it.ticket)
+        it.proxy.cut(refuse=True)
+        await it.open()
+        failed = await it.reader.engine.expect(messages.HandoffFailed)
+        assert (failed.id, failed.error.reason) == (it.id, "WorkerLostError")
+        it.call.cancel()
+        await it.reader.engine.expect(messages.Abort)
+
+
 async def test_a_channel_closed_just_before_the_follow_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     async with relay() as it:
         connect = PeerBook.connect
