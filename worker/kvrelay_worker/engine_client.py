@@ -1,7 +1,8 @@
 """The engine process, from its start to its end: `python -m kvrelay_engine.process`, spoken to over ZeroMQ.
 
 The service binds both ends and the engine connects; it exits when they go away. If the engine dies, or its loop
-stops beating, it is declared lost for good: the service ends too and a supervisor starts both anew.
+stops beating, it is declared lost for good: the service ends too and a supervisor starts both anew. Long before that it
+counts as silent: a step may take its time, but who waits for it may rather go elsewhere.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 
 MAX_IPC_PATH_BYTES = 100  # of a Unix socket address; the system's limit is 107
 EXIT_TIMEOUT_S = 5.0  # from Shutdown to SIGKILL
+LOOK_S = 0.25  # between two looks at the beats
+SILENT_AFTER_S = 2.7  # with the interval between looks, three missed beats as for a reader (PROTOCOL B3)
 # -P: a working directory with a folder named like one of our imports must not be imported.
 ENGINE_COMMAND = (sys.executable, "-P", "-m", "kvrelay_engine.process")
 
@@ -43,6 +46,7 @@ class EngineClient(EngineLink):
         clock: Clock,
         *,
         hung_after_s: float,
+        silent_after_s: float = SILENT_AFTER_S,
         command: tuple[str, ...] = ENGINE_COMMAND,
     ) -> None:
         """`command` starts an engine when `--config FILE` is appended. Files in `run_dir` are named after the
@@ -51,6 +55,7 @@ class EngineClient(EngineLink):
         self._run_dir = Path(run_dir)
         self._clock = clock
         self._hung_after_s = hung_after_s
+        self._silent_after_s = silent_after_s
         self._command = command
         self._worker_id = worker_id
         self._tasks = TaskOwner()
@@ -91,7 +96,6 @@ class EngineClient(EngineLink):
                 await self._wait_writable()
         except TimeoutError as error:
             raise DeadlineError(f"the engine was not ready within {timeout_s:g} s; raise start_timeout_s") from error
-        self._beat_at_s = self._clock.now()
         self._tasks.spawn(self._watch_beats(), "engine beats")
         return started
 
@@ -179,12 +183,22 @@ class EngineClient(EngineLink):
             await asyncio.wait([self._first])
 
     async def _watch_beats(self) -> None:
+        interval_s = min(LOOK_S, self._hung_after_s / 4)
+        self._beat_at_s = self._clock.now()
+        was_silent = False
         while True:
-            silent_s = self._clock.now() - self._beat_at_s
+            looked_s = self._clock.now()
+            silent_s = looked_s - self._beat_at_s
             if silent_s >= self._hung_after_s:
                 self.declare_lost(WorkerLostError(f"the engine loop has not moved for {silent_s:.1f} s"))
                 return
-            await asyncio.sleep(min(1.0, self._hung_after_s / 4))
+            is_silent = silent_s >= self._silent_after_s
+            if is_silent and not was_silent:
+                self.declare_silent(silent_s)
+            was_silent = is_silent
+            await asyncio.sleep(interval_s)
+            if self._clock.now() - looked_s > 2 * interval_s:
+                self._beat_at_s = self._clock.now()  # it was us who stood still: the beats wait to be read
 
     # --------------------------------------------------------------------------------------------- sockets
 

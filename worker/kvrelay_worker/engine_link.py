@@ -14,7 +14,14 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from kvrelay_core.errors import DeadlineError, InternalError, KvRelayError, UnavailableError, WorkerLostError
+from kvrelay_core.errors import (
+    DeadlineError,
+    HandoffError,
+    InternalError,
+    KvRelayError,
+    UnavailableError,
+    WorkerLostError,
+)
 from kvrelay_engine import messages
 from kvrelay_engine.config import EngineConfig
 
@@ -31,6 +38,7 @@ class EngineLink(ABC):
     def __init__(self) -> None:
         self._handlers: defaultdict[type[messages.Event], list[Callable[[Any], None]]] = defaultdict(list)
         self._loss_handlers: list[Callable[[KvRelayError], None]] = []
+        self._silence_handlers: list[Callable[[KvRelayError], None]] = []
         self._started: messages.Started | None = None
         self.load = messages.Load()  # as the latest beat told it
         self.loss: KvRelayError | None = None
@@ -62,6 +70,10 @@ class EngineLink(ABC):
         """Called once, when the engine died or hangs."""
         self._loss_handlers.append(handler)
 
+    def on_silence(self, handler: Callable[[KvRelayError], None]) -> None:
+        """Called each time that the engine has stood still for as long as a lease lasts. It may still come back."""
+        self._silence_handlers.append(handler)
+
     @property
     def started(self) -> messages.Started:
         """What the engine said of itself. Raises UnavailableError while it is starting, or when it is lost."""
@@ -83,6 +95,12 @@ class EngineLink(ABC):
             name = type(event).__name__
             log.exception("the service could not take a %s of its engine", name)
             self.declare_lost(InternalError(f"unexpected {type(error).__name__} at a {name}; see the worker's log"))
+
+    def declare_silent(self, silent_s: float) -> None:
+        error = HandoffError(f"the engine of the source has not moved for {silent_s:.1f} s")
+        log.warning("the engine has not moved for %.1f s; those who wait for it are told", silent_s)
+        for handler in self._silence_handlers:
+            handler(error)
 
     def declare_lost(self, error: KvRelayError) -> None:
         if self.loss is not None:

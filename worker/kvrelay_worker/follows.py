@@ -86,6 +86,7 @@ class FollowBook:
         engine.on(messages.FollowComplete, self._on_complete)
         engine.on(messages.FollowFailed, self._on_failed)
         engine.on_loss(self.end_all)
+        engine.on_silence(self._on_silence)
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -113,6 +114,13 @@ class FollowBook:
         """This worker cannot serve its readers any more, and tells them why."""
         for number in list(self._streams):
             self._end(number, error_to_detail(error), FollowEnd.ENDED)
+
+    def _on_silence(self, error: KvRelayError) -> None:
+        """A hung engine seals nothing: readers are told, and it hears of their loss when it moves again (B3)."""
+        for number, stream in list(self._streams.items()):
+            if stream.attached:
+                self._engine.notify(messages.FollowLost(number))
+                self._end(number, error_to_detail(error), FollowEnd.LOST)
 
     # --------------------------------------------------------------------------------- the engine's events
 

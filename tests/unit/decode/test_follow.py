@@ -246,6 +246,21 @@ async def test_a_source_whose_engine_is_lost_ends_the_handoff_at_once() -> None:
         await it.reader.engine.expect(messages.Abort)
 
 
+async def test_a_source_whose_engine_stands_still_tells_its_readers() -> None:
+    """Its service is alive, so nothing is lost for the transport; and the engine may come back (PROTOCOL B3)."""
+    async with relay(follow_grace_s=60.0) as it:
+        await it.open()
+        await it.attach()
+        it.source.engine.declare_silent(3.0)
+        failed = await it.reader.engine.expect(messages.HandoffFailed)
+        assert (failed.id, failed.error.reason) == (it.id, "HandoffError")
+        assert (await it.source.engine.expect(messages.FollowLost)).follow == it.follow
+        it.call.cancel()
+        await it.reader.engine.expect(messages.Abort)
+        await wait_until(lambda: it.source.worker.streams.value == 0, "the Follow has ended")
+        assert len(it.source.engine.sent_of(messages.FollowLost)) == 1
+
+
 async def test_a_source_out_of_reach_is_given_up_after_the_grace_though_it_never_answered() -> None:
     """It issued the ticket a moment ago: there is no reason to wait longer than for one that was followed."""
     async with relay(follow_grace_s=0.3, call_timeout_s=60.0) as it:

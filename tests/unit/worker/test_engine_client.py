@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from fake_engine import WAIT_S
 from worker_rig import make_config, wait_until
 
 from kvrelay_core.clock import ManualClock, MonotonicClock
-from kvrelay_core.errors import ConfigError, DeadlineError, KvRelayError, WorkerLostError
+from kvrelay_core.errors import ConfigError, DeadlineError, HandoffError, KvRelayError, WorkerLostError
 from kvrelay_engine import messages
 from kvrelay_engine.config import EngineConfig
 from kvrelay_worker.engine_client import EngineClient
@@ -65,7 +66,9 @@ def config_of(model: str, run_dir: Path) -> Callable[[str, str], EngineConfig]:
 
 
 @asynccontextmanager
-async def client_in(run_dir: Path, hung_after_s: float = 30.0) -> AsyncIterator[EngineClient]:
+async def client_in(
+    run_dir: Path, hung_after_s: float = 30.0, silent_after_s: float = 10.0
+) -> AsyncIterator[EngineClient]:
     program = run_dir / "program.py"
     program.write_text(PROGRAM)
     client = EngineClient(
@@ -73,6 +76,7 @@ async def client_in(run_dir: Path, hung_after_s: float = 30.0) -> AsyncIterator[
         "prefill-0",
         MonotonicClock(),
         hung_after_s=hung_after_s,
+        silent_after_s=silent_after_s,
         command=(sys.executable, "-P", str(program)),
     )
     try:
@@ -158,6 +162,35 @@ async def test_an_engine_that_stops_beating_is_lost(tmp_path: Path) -> None:
         await client.start(config_of("hangs", tmp_path / "run"), WAIT_S)
         await wait_until(lambda: bool(losses), "the silence is noticed")
         assert "has not moved" in losses[0].message
+
+
+async def test_an_engine_that_stands_still_for_a_while_is_silent_each_time_and_not_lost(tmp_path: Path) -> None:
+    async with client_in(tmp_path, silent_after_s=0.3) as client:
+        silences: list[KvRelayError] = []
+        client.on_silence(silences.append)
+        await client.start(config_of("good", tmp_path / "run"), WAIT_S)
+        assert client.process_id is not None
+        for times in (1, 2):
+            os.kill(client.process_id, signal.SIGSTOP)
+            await wait_until(lambda times=times: len(silences) == times, "the silence is noticed")  # type: ignore[misc]
+            os.kill(client.process_id, signal.SIGCONT)
+            beats: list[messages.Beat] = []
+            client.on(messages.Beat, beats.append)
+            await wait_until(lambda beats=beats: len(beats) > 20, "it beats again")  # type: ignore[misc]
+        assert client.loss is None and len(silences) == 2
+        assert isinstance(silences[0], HandoffError)
+
+
+async def test_a_service_that_stood_still_itself_does_not_take_its_engine_for_silent(tmp_path: Path) -> None:
+    async with client_in(tmp_path, silent_after_s=0.3) as client:
+        silences: list[KvRelayError] = []
+        client.on_silence(silences.append)
+        await client.start(config_of("good", tmp_path / "run"), WAIT_S)
+        time.sleep(1.0)  # noqa: ASYNC251  (the event loop stands still: that is the case)
+        beats: list[messages.Beat] = []
+        client.on(messages.Beat, beats.append)
+        await wait_until(lambda: len(beats) > 20, "the beats that waited are read")
+        assert silences == []
 
 
 async def test_a_beating_engine_is_not_lost(tmp_path: Path) -> None:
