@@ -13,7 +13,7 @@ SLOW_CHUNK_S = 0.02
 
 class CuttableProxy:
     def __init__(self, target: str) -> None:
-        self._target = target
+        self.target = target
         self._bytes_per_s: float | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -40,7 +40,7 @@ class CuttableProxy:
 
     def retarget(self, target: str) -> None:
         """New connections lead to another process from now on."""
-        self._target = target
+        self.target = target
 
     def mend(self) -> None:
         """What was held passes, where its connection still stands; new connections are taken again; all at speed."""
@@ -53,7 +53,7 @@ class CuttableProxy:
             writer.transport.abort()
             return
         self.num_accepted += 1
-        host, _, port = self._target.rpartition(":")
+        host, _, port = self.target.rpartition(":")
         try:
             far_reader, far_writer = await asyncio.open_connection(host, int(port))
         except OSError:  # nobody listens there now

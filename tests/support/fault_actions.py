@@ -11,7 +11,7 @@ import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fault_scene import BETWEEN_DATA_AND_WORDS, Scene
+from fault_scene import Scene
 from process_memory import open_pool
 
 LONGER_THAN_THE_LEASE_S = 5.0
@@ -33,9 +33,7 @@ class Fault:
     lasts_s: float | None = None  # None: until the answer is there
     at_least_s: float = 0.0
     between_data_and_words: bool = False  # its moment, whatever the connector needs for it
-
-    def point(self, connector: str) -> tuple[str, str, int] | None:
-        return BETWEEN_DATA_AND_WORDS[connector] if self.between_data_and_words else None
+    only_reader_stops: bool = False  # the source computes on while the reader stands still
 
 
 # ------------------------------------------------------------------------------------------------ processes
@@ -131,6 +129,9 @@ FAULT_ACTIONS: dict[str, Fault] = {
     "reader killed": Fault(kill_reader, _restart("reader")),
     "source stopped for 5 s": Fault(_freeze("source"), _thaw("source"), LONGER_THAN_THE_LEASE_S),
     "reader stopped for 5 s": Fault(_freeze("reader"), _thaw("reader"), LONGER_THAN_THE_LEASE_S),
+    "source's engine hung for 5 s": Fault(
+        _freeze("source", engine_only=True), _thaw("source"), LONGER_THAN_THE_LEASE_S
+    ),
     "reader's engine hung for 5 s": Fault(
         _freeze("reader", engine_only=True), _thaw("reader"), LONGER_THAN_THE_LEASE_S
     ),
@@ -139,7 +140,7 @@ FAULT_ACTIONS: dict[str, Fault] = {
     "source paused for 1.5 s": Fault(_freeze("source"), _thaw("source"), PAUSE_S),
     "reader paused for 1.5 s": Fault(_freeze("reader"), _thaw("reader"), PAUSE_S),
     "network away for 1.5 s": Fault(_hold, _mend, PAUSE_S),
-    "block reused under the read": Fault(reuse_blocks),
+    "block reused under the read": Fault(reuse_blocks, only_reader_stops=True),
     "word changed between data and word read": Fault(bump_words, between_data_and_words=True),
     "word of another epoch": Fault(change_epoch_of_words, restore_epoch_of_words, between_data_and_words=True),
     "epoch changed by a restart on the same port": Fault(restart_source_elsewhere, undo_restart),

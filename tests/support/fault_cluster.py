@@ -153,12 +153,16 @@ class FaultCluster:
 
     def swap_link(self, source: int) -> None:
         """Behind the address of this source there is the other one from now on: another start of an engine."""
-        self._proxies.do(lambda: self.proxies[source].retarget(self.prefill[1 - source].address))
+        self._retarget(source, self.prefill[1 - source])
+
+    def _retarget(self, source: int, process: FaultProcess) -> None:
+        self._proxies.do(lambda: self.proxies[source].retarget(process.address))
         self._proxies.do(self.proxies[source].cut)
 
     def mend_link(self, source: int) -> None:
         proxy: CuttableProxy = self.proxies[source]
-        self._proxies.do(lambda: proxy.retarget(self.prefill[source].address))
+        if proxy.target != self.prefill[source].address:
+            self._retarget(source, self.prefill[source])
         self._proxies.do(proxy.mend)
 
     def recover(self) -> None:

@@ -7,6 +7,7 @@ processes: how a fault is brought about is in `fault_actions`.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -39,6 +40,7 @@ class Notice(Enum):
     READER = "reader"  # by its Follow
     SOURCE = "source"  # by the reader's Follow
     LEASE = "source's lease"  # by missed beats
+    SERVICE = "source's service"  # by the silence of its engine
     CHECK = "reader's check"  # by the fence words
 
 
@@ -75,7 +77,7 @@ class Cell:
         return "; ".join(filter(None, (noticed, f"{self.outcome.value}, {self.answer_within_s:g} s")))
 
 
-ROUTER, READER, SOURCE, LEASE, CHECK = Notice
+ROUTER, READER, SOURCE, LEASE, SERVICE, CHECK = Notice
 GOES_ON, MOVES, RIGHT, CANCELLED, REFUSED, LEASE_EXPIRED, NOT_A_CASE = Outcome
 Column = tuple[Outcome, float] | tuple[Outcome, float, tuple[Notice, ...]] | str
 
@@ -109,6 +111,12 @@ _ROWS: dict[str, tuple[Column, Column, Column, Column]] = {
         (MOVES, 7, (ROUTER, SOURCE)),
         (MOVES, 7, (ROUTER,)),
     ),
+    "source's engine hung for 5 s": (
+        (GOES_ON, 8, (SERVICE,)),
+        (MOVES, 7, (SERVICE,)),
+        (GOES_ON, 3, (SERVICE,)),
+        (GOES_ON, 3, (SERVICE,)),
+    ),
     "reader's engine hung for 5 s": (
         (MOVES, 9, (LEASE,)),
         (MOVES, 9, (LEASE,)),
@@ -116,7 +124,7 @@ _ROWS: dict[str, tuple[Column, Column, Column, Column]] = {
         (GOES_ON, 8),
     ),
     "network cut": (
-        (MOVES, 10),
+        (MOVES, 6, (READER,)),
         (MOVES, 7, (READER, SOURCE)),
         (GOES_ON, 3, (SOURCE,)),
         (GOES_ON, 3),
@@ -147,8 +155,7 @@ _ROWS: dict[str, tuple[Column, Column, Column, Column]] = {
     ),
     "disk and shm full": ((GOES_ON, 3), (GOES_ON, 3), (GOES_ON, 3), (GOES_ON, 3)),
 }  # fmt: skip
-# Three beats of a second, and a look at the leases every 50 ms.
-_LEASE_WITHIN_S = 3.1
+_HUNG_WITHIN_S = 3.0
 
 
 def _cell(fault: str, stage: Stage, column: Column) -> Cell:
@@ -156,7 +163,7 @@ def _cell(fault: str, stage: Stage, column: Column) -> Cell:
         return Cell(fault, stage, NOT_A_CASE, reason=column)
     outcome, answer_within_s, *rest = column
     notices: tuple[Notice, ...] = rest[0] if rest else ()
-    within_s = _LEASE_WITHIN_S if LEASE in notices else 1.0
+    within_s = _HUNG_WITHIN_S if {LEASE, SERVICE} & set(notices) else 1.0
     return Cell(fault, stage, outcome, answer_within_s, notices, within_s)
 
 
@@ -165,19 +172,38 @@ CELLS = tuple(_cell(fault, stage, row[index]) for fault, row in _ROWS.items() fo
 RUN_CELLS = tuple(cell for cell in CELLS if cell.outcome is not NOT_A_CASE)
 
 
+# Rows that are variants of one: the sample has a cell of one of them.
+_VARIANTS = {
+    "reader stopped for 5 s": "source stopped for 5 s",
+    "source's engine hung for 5 s": "source stopped for 5 s",
+    "reader's engine hung for 5 s": "source stopped for 5 s",
+    "reader paused for 1.5 s": "source paused for 1.5 s",
+    "network away for 1.5 s": "source paused for 1.5 s",
+    "pool full on every reader": "pool full on the reader",
+}
+
+
+def family_of(fault: str) -> str:
+    return _VARIANTS.get(fault, fault)
+
+
 def sample(seed: int) -> frozenset[tuple[Cell, str]]:
-    """One cell of each fault, over all stages and connectors as evenly as they go."""
+    """One cell of each family of faults, over all stages and connectors as evenly as they go."""
     chance = random.Random(seed)
-    num_taken: dict[object, int] = {}
+    families = sorted(set(map(family_of, FAULTS)))
+    num_taken: Counter[object] = Counter()
     chosen = set()
-    for fault in chance.sample(FAULTS, len(FAULTS)):
-        cells = [(cell, name) for cell in RUN_CELLS if cell.fault == fault for name in CONNECTORS]
+    for family in chance.sample(families, len(families)):
+        cells = [(cell, name) for cell in RUN_CELLS if family_of(cell.fault) == family for name in CONNECTORS]
         chance.shuffle(cells)
-        cell, name = min(cells, key=lambda pair: num_taken.get(pair[0].stage, 0) + num_taken.get(pair[1], 0))
-        for key in (cell.stage, name):
-            num_taken[key] = num_taken.get(key, 0) + 1
+        cell, name = min(cells, key=lambda pair: sum(num_taken[key] for key in _keys(*pair)))
+        num_taken.update(_keys(cell, name))
         chosen.add((cell, name))
     return frozenset(chosen)
+
+
+def _keys(cell: Cell, connector: str) -> tuple[object, ...]:
+    return cell.stage, connector, (cell.stage, connector)
 
 
 def table() -> Iterator[str]:

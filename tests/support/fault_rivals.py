@@ -17,7 +17,7 @@ from answers import Answer
 from direct_calls import NUM_TOKENS, DirectCalls, Outcome, Prefilled, next_attempt
 from fault_cluster import FaultCluster
 from fault_matrix import Cell, Stage
-from fault_scene import BUSY_S, POLLED_WITHIN_S, Asking, Question, Scene, cell_salt, wait_for
+from fault_scene import BUSY_S, POINTS, POLLED_WITHIN_S, Asking, Question, Scene, cell_salt, wait_for
 from fault_worker import FaultProcess
 from oracle import make_prompt
 
@@ -64,7 +64,7 @@ def replay_ticket(scene: Scene, pool: ThreadPoolExecutor, question: Question, ce
     """The ticket is released, by its reader or by a call while it still reads; then another reader shows it."""
     prompt, expected = question
     ticket = asyncio.run(_prefill(scene.source, prompt))
-    scene.arm()
+    scene.arm(POINTS[cell.stage][:1])
     asked = pool.submit(asyncio.run, _decode(scene.source, scene.reader, prompt, ticket))
     scene.wait_stage()
     if cell.stage is Stage.AFTER_LAST_PULL:
@@ -96,7 +96,7 @@ def fill_reader(scene: Scene, pool: ThreadPoolExecutor, question: Question, cell
         scene.cluster.note(answer.end)
         return
     prompt, expected = question
-    scene.arm()
+    scene.arm(POINTS[cell.stage][:1])
     asking = Asking(pool, scene.cluster.target, prompt, len(expected), cell_salt())
     scene.wait_stage()
     late = pool.submit(asyncio.run, _fill(scene.spare_source, scene.reader))

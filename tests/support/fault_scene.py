@@ -23,17 +23,19 @@ POLLED_WITHIN_S = 10.0
 # The stated bounds are those of an idle machine; here others compute as well.
 BUSY_S = 4.0
 BUSY_NOTICE_S = 1.0
-# Where the engine is stopped, and at which time of passing.
-READS_BEFORE = 2
+Point = tuple[str, str, int]  # whose engine is stopped, where, and at which time of passing
+# Of the eleven steps of a prompt. During a pull the source stands still too: else it might be through with it before
+# the fault comes.
+STEPS_BEFORE = 8
 TOKENS_BEFORE = 5
-POINTS = {
-    Stage.BEFORE_ACCEPT: ("source", "accept", 1),
-    Stage.DURING_PULL: ("reader", "read", READS_BEFORE),
-    Stage.AFTER_LAST_PULL: ("reader", "arrive", 1),
-    Stage.DURING_DECODE: ("reader", "token", TOKENS_BEFORE),
+POINTS: dict[Stage, tuple[Point, ...]] = {
+    Stage.BEFORE_ACCEPT: (("source", "accept", 1),),
+    Stage.DURING_PULL: (("reader", "read", 1), ("source", "sealed", STEPS_BEFORE)),
+    Stage.AFTER_LAST_PULL: (("reader", "arrive", 1),),
+    Stage.DURING_DECODE: (("reader", "token", TOKENS_BEFORE),),
 }
 # Between data and words: which side's engine has to be stopped where, by connector.
-BETWEEN_DATA_AND_WORDS = {"shm": ("reader", "copied", 1), "grpc": ("source", "export", 1)}
+BETWEEN_DATA_AND_WORDS: dict[str, Point] = {"shm": ("reader", "copied", 1), "grpc": ("source", "export", 1)}
 
 
 Question = tuple[list[int], list[int]]  # a prompt and its answer
@@ -57,8 +59,6 @@ class Scene:
     pair: Pair
     connector: str
     stage: Stage
-    # A fault's own moment, where it is not the stage's.
-    point: tuple[str, str, int] | None = None
     frozen: set[str] = field(default_factory=set)  # processes that are not to go on yet
     started_s: float = 0.0  # of the fault
     victim: str = ""  # the process that is gone, for whoever should notice
@@ -83,32 +83,37 @@ class Scene:
 
     # --------------------------------------------------------------------------------------- to the stage
 
-    def arm(self) -> None:
+    def arm(self, points: tuple[Point, ...] | None = None) -> None:
+        """`points` where the fault's moment is not the stage's."""
         self._said = {process.name: process.log_bytes for process in (self.cluster.router, *self.cluster.workers)}
         self._counts = {notice: self._count(notice) for notice in (Notice.LEASE, Notice.CHECK)}
-        role, point, count = self.point or POINTS[self.stage]
-        self.stopped_at: FaultProcess = getattr(self, role)
-        self.stopped_at.arm(point, count)
+        self.stopped: list[FaultProcess] = []
+        for role, point, count in points or POINTS[self.stage]:
+            process: FaultProcess = getattr(self, role)
+            process.arm(point, count)
+            self.stopped.append(process)
 
     def stall_reads(self) -> None:
         """Before the request: nothing is read until `arm_then_read`."""
         self.reader.arm("stall")
 
-    def arm_then_read(self) -> None:
+    def arm_then_read(self, point: Point) -> None:
         """Once the source has computed all: what is done to its memory then is no fault of its own."""
         wait_for(lambda: self.reader.load().transfers, "a read that stalls")
         self.wait_source_idle()
-        self.arm()
+        self.arm((point,))
         self.reader.disarm("stall")
 
     def wait_stage(self) -> None:
-        self.stopped_at.wait_stopped(STAGE_DEADLINE_S)
+        for process in self.stopped:
+            process.wait_stopped(STAGE_DEADLINE_S)
         self.started_s = time.monotonic()
 
     def go_on(self) -> None:
         """Unless the fault is that it does not."""
-        if self.stopped_at.name not in self.frozen and self.stopped_at.is_running:
-            self.stopped_at.send(signal.SIGCONT, engine_only=True)
+        for process in self.stopped:
+            if process.name not in self.frozen and process.is_running:
+                process.send(signal.SIGCONT, engine_only=True)
 
     def freeze(self, process: FaultProcess, *, engine_only: bool = False) -> None:
         process.send(signal.SIGSTOP, engine_only=engine_only)
@@ -124,7 +129,7 @@ class Scene:
 
         def is_idle() -> bool:
             load = self.source.load()
-            return not load.requests_running and not load.requests_waiting and load.leases > 0
+            return not load.requests_running and not load.requests_waiting
 
         wait_for(is_idle, f"{self.source.name} through with its prompt")
 
@@ -146,6 +151,8 @@ class Scene:
                 return "is lost, it may come back" in self._said_since(self.reader)
             case Notice.SOURCE:
                 return "is lost, its KV stays pinned" in self._said_since(self.source)
+            case Notice.SERVICE:
+                return "those who wait for it are told" in self._said_since(self.source)
             case Notice.LEASE | Notice.CHECK:
                 return self._count(notice) > self._counts[notice]
 

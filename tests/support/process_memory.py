@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from kvrelay_transfer.fence import WORD_BYTES
 from kvrelay_transfer.region import RegionHeader
 
@@ -51,8 +53,11 @@ class OpenPool:
 
 @contextmanager
 def open_pool(pid: int) -> Iterator[OpenPool]:
-    """Of the engine process `pid`. Raises PermissionError where the system does not let us."""
-    memory = os.open(f"/proc/{pid}/mem", os.O_RDWR)
+    """Of the engine process `pid`. Skips the test where the system does not let us."""
+    try:
+        memory = os.open(f"/proc/{pid}/mem", os.O_RDWR)
+    except PermissionError as error:
+        pytest.skip(f"this system does not let us write to the memory of our own descendants: {error}")
     try:
         yield OpenPool(memory, own_pool_address(pid))
     finally:

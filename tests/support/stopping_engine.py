@@ -4,6 +4,7 @@ It is the product's engine with a few methods wrapped: a moment that lies betwee
 outside. Files in `RUN_DIR/stops`, each of which holds a number n and goes when it is used:
 
     accept   the source is about to reserve and to issue a ticket            (for the n-th time from now)
+    sealed   the source has sealed blocks and not told anybody yet
     export   the source has copied blocks for a Fetch and not read their words (grpc)
     read     the reader is about to post a read
     copied   the reader's copy has ended and the words are not read           (shm)
@@ -112,6 +113,7 @@ def install(stops: Stops) -> None:
     patched._arrive = stops.before("arrive", HandoffReader._arrive)
     source: Any = HandoffSource
     source.accept = stops.before("accept", HandoffSource.accept)
+    source.sealed = stops.before("sealed", HandoffSource.sealed)
     engine: Any = Engine
     engine._append = stops.before("token", Engine._append)
     staging: Any = BlockStaging
