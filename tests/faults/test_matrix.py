@@ -6,7 +6,7 @@ After each cell: no worker that lives holds anything, its books are right, and t
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -110,7 +110,14 @@ def cell_parameters() -> Iterator[ParameterSet]:
 
 
 @pytest.mark.parametrize(("kind", "cell", "connector"), list(cell_parameters()))
-def test_cell(clusters: Clusters, question: Question, kind: ClusterKind, cell: Cell, connector: str) -> None:
+def test_cell(
+    clusters: Clusters,
+    question: Question,
+    kind: ClusterKind,
+    cell: Cell,
+    connector: str,
+    record_property: Callable[[str, object], None],
+) -> None:
     cluster = clusters.of(kind)
     with ThreadPoolExecutor(8) as pool:
         ask_until_next_reads_by(cluster, pool, question, connector)
@@ -119,7 +126,8 @@ def test_cell(clusters: Clusters, question: Question, kind: ClusterKind, cell: C
             if cell.fault in RIVALS:
                 RIVALS[cell.fault](scene, pool, question, cell)
             else:
-                run_cell(scene, pool, question, cell, FAULT_ACTIONS[cell.fault])
+                for name, seconds in run_cell(scene, pool, question, cell, FAULT_ACTIONS[cell.fault]).items():
+                    record_property(name, f"{seconds:.2f}")
         except BaseException:
             print(cluster.logs())
             cluster.recover()
@@ -129,7 +137,8 @@ def test_cell(clusters: Clusters, question: Question, kind: ClusterKind, cell: C
         cluster.assert_settled()
 
 
-def run_cell(scene: Scene, pool: ThreadPoolExecutor, question: Question, cell: Cell, fault: Fault) -> None:
+def run_cell(scene: Scene, pool: ThreadPoolExecutor, question: Question, cell: Cell, fault: Fault) -> dict[str, float]:
+    """Seconds from the fault until each noticed who should, and until the answer was there."""
     _, expected = question
     asking = ask_at_stage(scene, pool, question, fault)
     scene.wait_stage()
@@ -140,12 +149,14 @@ def run_cell(scene: Scene, pool: ThreadPoolExecutor, question: Question, cell: C
     noticing = [pool.submit(scene.await_notice, n, cell.noticed_within_s + BUSY_NOTICE_S) for n in cell.notices]
     try:
         answer = asking.result(cell.answer_within_s + BUSY_S)
-        for notice in noticing:
-            notice.result()
+        measured = {"answer_s": time.monotonic() - scene.started_s}
+        for notice, noticed in zip(cell.notices, noticing, strict=True):
+            measured[f"{notice.value}_s"] = noticed.result()
     finally:
         undoing = undoing or pool.submit(undo_at, scene, fault, fault.at_least_s)
         undoing.result()
     check_answer(scene, cell, answer, expected)
+    return measured
 
 
 def ask_at_stage(scene: Scene, pool: ThreadPoolExecutor, question: Question, fault: Fault) -> Asking:
