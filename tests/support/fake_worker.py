@@ -1,7 +1,6 @@
 """Prefill and decode workers without an engine, in the test's own process, that do what the test tells them.
 
-Each opened request is a call object: the test awaits `worker.next_call()` and says what the worker answers, or
-gives the worker a `behaviour` that is run for each call. Real gRPC in between; no tokens are computed.
+Each opened request is a call: the test awaits `next_call()` and answers it, or gives a `behaviour` to do so.
 """
 
 from __future__ import annotations
