@@ -150,6 +150,11 @@ class UcxWorker:
             # Forced, for the endpoint handles errors: waits for nothing that the peer would have to do.
             peer.endpoint.close_blocking()
             peer.endpoint = None  # it holds its callback, which holds the peer
+            self._release_cancelled()
+
+    def _release_cancelled(self) -> None:
+        """Requests of closed endpoints: until they are let go, they hold the worker, which holds them."""
+        self._worker.cancel_inflight_requests()
 
     def send(self, peer: UcxPeer, tag: int, buffer: Any, on_done: Done) -> None:
         """`buffer` is UCX's until `on_done` is called, which is never within this call."""
@@ -208,6 +213,8 @@ class UcxWorker:
         while self._requests and time.monotonic() < stop_s:
             self._worker.progress()
             self._requests = [request for request in self._requests if not request.request.completed]
+        self._worker.progress()
+        self._release_cancelled()
         if self._requests:
             logger.warning("UCX did not end %d requests; their memory is kept", len(self._requests))
 
@@ -278,6 +285,7 @@ class UcxWorker:
         over = [request for request in self._requests if request.request.completed]
         if over:
             self._requests = [request for request in self._requests if request not in over]
+            self._release_cancelled()
             for request in over:
                 request.on_done(self._error_of(request.request))
         while self._lost:
