@@ -89,12 +89,13 @@ class PoolMemory:
         return self.tensor.data_ptr()
 
     def close(self) -> None:
-        """Gives the descriptor and the tensor back; the memory goes with the last tensor and the last peer that hold
-        it."""
+        """Gives the descriptor back; the memory goes with the last tensor and the last peer that hold it. On a GPU
+        ours is no longer one of them: who restarts there needs the room at once."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-        self.tensor = self.tensor.new_empty(0)
+        if self.device == "cuda":
+            self.tensor = self.tensor.new_empty(0)
 
 
 def _cpu_tensor(layout: KvLayout, header: RegionHeader, mapping: mmap.mmap) -> torch.Tensor:

@@ -130,7 +130,7 @@ def test_slices_that_leave_their_block_are_refused(source: CudaSource, tmp_path:
     opened = source.open_pattern(LAYOUT, 8, tmp_path / "s")
     reader = Reader(LAYOUT, 8)
     link = reader.connect(opened)
-    shape = SliceShape(1, 1, LAYOUT.block_bytes, 0, 0, 0, 0)
+    shape = SliceShape(1, 1, LAYOUT.block_bytes, 1, 1, 1, 1)
     for remote_offset, local_offset in ((16, 0), (0, 16), (-16, 0)):
         transfer = link.read(read_of((1,), (1,), BlockSlices(shape, (remote_offset,), (local_offset,))))
         assert transfer.poll() is TransferState.FAILED

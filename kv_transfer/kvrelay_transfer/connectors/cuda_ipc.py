@@ -29,6 +29,7 @@ from kvrelay_transfer.connectors.base import (
     PeerLink,
     Transfer,
     TransferState,
+    check_slices,
 )
 from kvrelay_transfer.connectors.device_copy import Blocks, DeviceCopier, MappedPool, as_array
 from kvrelay_transfer.connectors.device_probe import DeviceProbe
@@ -171,7 +172,7 @@ class _CudaIpcLink(PeerLink):
         try:
             _check_range(remote, self._region.header.num_blocks, "the peer's")
             _check_range(local, self._connector.memory.num_blocks, "our")
-            _check_extent(read, self._pool.block_bytes, self._connector.memory.layout.block_bytes)
+            check_slices(read, self._pool.block_bytes, self._connector.memory.layout.block_bytes)
             event = self._post(remote, local, read.slices)
         except KvRelayError as error:
             state = TransferState.TORN_DOWN if self.is_closed else TransferState.FAILED
@@ -280,26 +281,3 @@ def _check_range(blocks: Blocks, num_blocks: int, whose: str) -> None:
     """As `check_block_range`, without a loop."""
     if len(blocks) and not (blocks.min() > 0 and blocks.max() < num_blocks):
         raise TransferError(f"block numbers outside 1..{num_blocks - 1} of {whose} pool")
-
-
-def _check_extent(read: BlockRead, remote_block_bytes: int, local_block_bytes: int) -> None:
-    """Raises TransferError for rows that leave their blocks, and for whole blocks of unequal size: a kernel that writes
-    beside its block would spoil another request."""
-    slices = read.slices
-    if slices is None:
-        if remote_block_bytes != local_block_bytes:
-            raise TransferError(f"blocks of {remote_block_bytes} and {local_block_bytes} bytes are read by slices only")
-        return
-    if not len(slices.remote_offsets) == len(slices.local_offsets) == len(read.remote_blocks) == len(read.local_blocks):
-        raise TransferError("a sliced read needs one offset on each side for each pair of blocks")
-    shape = slices.shape
-    sides = (
-        (slices.remote_offsets, shape.remote_outer_stride, shape.remote_inner_stride, remote_block_bytes),
-        (slices.local_offsets, shape.local_outer_stride, shape.local_inner_stride, local_block_bytes),
-    )
-    if min(shape.outer, shape.inner, shape.row_bytes) < 1:
-        raise TransferError("a sliced read has no rows")
-    for offsets, outer_stride, inner_stride, block_bytes in sides:
-        span_bytes = (shape.outer - 1) * outer_stride + (shape.inner - 1) * inner_stride + shape.row_bytes
-        if min(0, outer_stride, inner_stride, *offsets) < 0 or max(offsets, default=0) + span_bytes > block_bytes:
-            raise TransferError("a slice leaves its block")
