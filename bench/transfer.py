@@ -50,8 +50,9 @@ def main() -> int:
         "transfers": rows,
         "decode": decode,
     }
+    path = write_result("transfer", result)
     print_result(result)
-    print(f"\nwritten to {write_result('transfer', result).relative_to(ROOT)}")
+    print(f"\nwritten to {path.relative_to(ROOT)}")
     return 0
 
 
@@ -245,11 +246,16 @@ def transfer_cells(row: dict[str, Any], plain_gb_per_s: float | None) -> tuple[s
 def decode_cells(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     return [
         (
-            f"{row['span_bytes'] >> 10}", row["load"], f"{row['step_ms']:.3f}", f"{row['beside_ms']:.3f}",
-            f"{row['slower']:.1%}", f"{row['ms_per_copy']:.3f}", f"{row['moved_gb_per_s']:.0f}",
+            f"{row['span_bytes'] >> 10}",
+            row["load"],
+            f"{row['step_ms']:.3f}",
+            f"{row['beside_ms']:.3f}",
+            f"{row['slower']:.1%}",
+            f"{row['ms_per_copy']:.3f}",
+            f"{row['moved_gb_per_s']:.0f}",
         )
         for row in rows
-    ]  # fmt: skip
+    ]
 
 
 if __name__ == "__main__":
