@@ -231,7 +231,8 @@ def print_result(result: dict[str, Any]) -> None:
     if result["decode"]:
         print("\nDecode steps (batch 32, all weights and 4 GiB of KV read) beside reads of 512 MiB on the same GPU:\n")
         print_table(
-            ("span KiB", "load", "step ms", "beside ms", "slower", "moved GB/s"), decode_cells(result["decode"])
+            ("span KiB", "load", "step ms", "beside ms", "slower", "ms for each copy", "moved GB/s"),
+            decode_cells(result["decode"]),
         )
 
 
