@@ -6,7 +6,7 @@ After each cell: no worker that lives holds anything, its books are right, and t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -53,7 +53,7 @@ VOCAB_SIZE = 384
 PROMPT_TOKENS = 700
 ANSWER_TOKENS = 60
 MIN_MARGIN = 2e-4
-SAMPLE_SEED = 1
+SAMPLE_SEED = 6
 UNDISTURBED_S = 20.0
 
 
@@ -110,14 +110,7 @@ def cell_parameters() -> Iterator[ParameterSet]:
 
 
 @pytest.mark.parametrize(("kind", "cell", "connector"), list(cell_parameters()))
-def test_cell(
-    clusters: Clusters,
-    question: Question,
-    kind: ClusterKind,
-    cell: Cell,
-    connector: str,
-    record_property: Callable[[str, object], None],
-) -> None:
+def test_cell(clusters: Clusters, question: Question, kind: ClusterKind, cell: Cell, connector: str) -> None:
     cluster = clusters.of(kind)
     with ThreadPoolExecutor(8) as pool:
         ask_until_next_reads_by(cluster, pool, question, connector)
@@ -126,8 +119,7 @@ def test_cell(
             if cell.fault in RIVALS:
                 RIVALS[cell.fault](scene, pool, question, cell)
             else:
-                for name, seconds in run_cell(scene, pool, question, cell, FAULT_ACTIONS[cell.fault]).items():
-                    record_property(name, f"{seconds:.2f}")
+                print(run_cell(scene, pool, question, cell, FAULT_ACTIONS[cell.fault]))  # shown by -rP
         except BaseException:
             print(cluster.logs())
             cluster.recover()
@@ -149,9 +141,9 @@ def run_cell(scene: Scene, pool: ThreadPoolExecutor, question: Question, cell: C
     noticing = [pool.submit(scene.await_notice, n, cell.noticed_within_s + BUSY_NOTICE_S) for n in cell.notices]
     try:
         answer = asking.result(cell.answer_within_s + BUSY_S)
-        measured = {"answer_s": time.monotonic() - scene.started_s}
+        measured = {"answer_s": round(time.monotonic() - scene.started_s, 2)}
         for notice, noticed in zip(cell.notices, noticing, strict=True):
-            measured[f"{notice.value}_s"] = noticed.result()
+            measured[f"{notice.value}_s"] = round(noticed.result(), 2)
     finally:
         undoing = undoing or pool.submit(undo_at, scene, fault, fault.at_least_s)
         undoing.result()
