@@ -25,6 +25,7 @@ import torch  # noqa: E402
 from measured import print_table, provenance, write_result  # noqa: E402
 from transfer_decode import DecodeStep  # noqa: E402
 from transfer_device import LinkFeed, device_ways, spin  # noqa: E402
+from transfer_minimal import MINIMAL_PROGRAMS  # noqa: E402
 from transfer_pair import LAYOUTS, Pair  # noqa: E402
 from transfer_source import Source  # noqa: E402
 
@@ -104,6 +105,11 @@ class TransferBench:
         pair.read_all()
         pair.check()
         rows = []
+        if name in MINIMAL_PROGRAMS:
+            args = self._args
+            devices = (args.source_device, args.reader_device)
+            seconds = MINIMAL_PROGRAMS[name](span_bytes, self._size_bytes, *devices, args.repeats)
+            rows.append(self._row(f"minimal {name} program", span_bytes, seconds))
         if name == "cuda_ipc":
             rows += self._measure_device_copies(pair, span_bytes)
         elif name == "shm":
