@@ -25,7 +25,8 @@ import torch  # noqa: E402
 from measured import print_table, provenance, write_result  # noqa: E402
 from transfer_decode import DecodeStep  # noqa: E402
 from transfer_device import LinkFeed, device_ways, spin  # noqa: E402
-from transfer_minimal import MINIMAL_PROGRAMS  # noqa: E402
+from transfer_minimal_nixl import minimal_nixl  # noqa: E402
+from transfer_minimal_ucx import minimal_ucx  # noqa: E402
 from transfer_pair import LAYOUTS, Pair  # noqa: E402
 from transfer_source import Source  # noqa: E402
 
@@ -35,7 +36,9 @@ DECODE_STEPS = 200
 POSTING_CYCLES = 100_000_000  # 50 ms
 # One hand-off of 512 MiB for so many steps is 14 requests a second of 4096 tokens.
 STEPS_PER_HANDOFF = 16
-PLAIN_COPIES = ("raw peer copy", "memcpy")  # measured before the rows that they are compared with
+MINIMAL_PROGRAMS = {"nixl": minimal_nixl, "ucx": minimal_ucx}  # by the connector's name
+# Measured before the rows that they are compared with.
+PLAIN_COPIES = ("raw peer copy", "memcpy", "minimal nixl program", "minimal ucx program")
 
 
 def main() -> int:
@@ -233,7 +236,7 @@ def print_result(result: dict[str, Any]) -> None:
         if row["way"] in PLAIN_COPIES:
             plain_gb_per_s = row["gb_per_s"]
         rows.append(transfer_cells(row, plain_gb_per_s))
-    print_table(("span KiB", "way", "ms", "GB/s", "of the plain copy", "ms with posting"), rows)
+    print_table(("span KiB", "way", "ms", "GB/s", "of the plain one", "ms with posting"), rows)
     if result["decode"]:
         print("\nDecode steps (batch 32, all weights and 4 GiB of KV read) beside reads of 512 MiB on the same GPU:\n")
         print_table(

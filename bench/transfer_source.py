@@ -102,6 +102,9 @@ class Side:
         self._stack.close()
 
 
+_ANSWER = "answer: "
+
+
 class Source:
     """The parent's handle of the process."""
 
@@ -116,10 +119,10 @@ class Source:
         """A new pool in place of the last one. Raises ConfigError."""
         assert self._process.stdin is not None and self._process.stdout is not None
         print(json.dumps([msgspec.msgpack.encode(layout).hex(), num_blocks]), file=self._process.stdin, flush=True)
-        line = self._process.stdout.readline()
-        if not line:
+        line = next((line for line in self._process.stdout if line.startswith(_ANSWER)), None)  # UCX may talk as well
+        if line is None:
             raise ConfigError(f"the source ended with status {self._process.wait()}")
-        answer: dict[str, Any] = json.loads(line)
+        answer: dict[str, Any] = json.loads(line.removeprefix(_ANSWER))
         if "error" in answer:
             raise ConfigError(answer["error"])
         offer = ConnectorOffer(answer["name"], bytes.fromhex(answer["endpoint"]))
@@ -166,7 +169,7 @@ def serve(name: str, device: str, folder: Path) -> None:
             answer = {"epoch": side.memory.engine_epoch.hex(), "name": offer.name, "endpoint": offer.endpoint.hex()}
         except KvRelayError as error:
             side, answer = None, {"error": str(error)}
-        print(json.dumps(answer), flush=True)
+        print(_ANSWER + json.dumps(answer), flush=True)
     if side is not None:
         side.close()
 

@@ -1,4 +1,4 @@
-"""The least program that moves scattered spans with a connector's library: what the connector is measured against.
+"""The least program that moves scattered spans with NIXL: what the connector is measured against.
 
     seconds = minimal_nixl(span_bytes, size_bytes, source_device, reader_device, repeats)
 
@@ -14,7 +14,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,9 +22,6 @@ import torch
 from kvrelay_core.errors import ConfigError
 
 _READY = "ready:"
-
-# By the connector's name.
-MinimalProgram = Callable[[int, int, str, str, int], float]
 
 
 def minimal_nixl(span_bytes: int, size_bytes: int, source_device: str, reader_device: str, repeats: int) -> float:
@@ -66,9 +62,6 @@ def minimal_nixl(span_bytes: int, size_bytes: int, source_device: str, reader_de
         source.stdin.close()
         source.wait(30)
         source.stdout.close()
-
-
-MINIMAL_PROGRAMS: dict[str, MinimalProgram] = {"nixl": minimal_nixl}
 
 
 def _make_agent(device: str, size_bytes: int, fill: int) -> tuple[Any, torch.Tensor]:
