@@ -27,11 +27,13 @@ from transfer_decode import DecodeStep  # noqa: E402
 from transfer_device import LinkFeed, device_ways, spin  # noqa: E402
 from transfer_minimal_nixl import minimal_nixl  # noqa: E402
 from transfer_minimal_ucx import minimal_ucx  # noqa: E402
-from transfer_pair import LAYOUTS, Pair  # noqa: E402
-from transfer_source import Source  # noqa: E402
 
+from kvrelay_cli.transfer.pair import Pair  # noqa: E402
+from kvrelay_cli.transfer.source import Source  # noqa: E402
 from kvrelay_core.errors import ConfigError, TransferError  # noqa: E402
 
+# The blocks of Llama-3.1-8B with 16 and 64 tokens are the last two.
+SPAN_SIZES = (16 << 10, 128 << 10, 512 << 10, 2 << 20, 8 << 20)
 DECODE_STEPS = 200
 POSTING_CYCLES = 100_000_000  # 50 ms
 # One hand-off of 512 MiB for so many steps is 14 requests a second of 4096 tokens.
@@ -88,12 +90,12 @@ class TransferBench:
 
     def measure_connector(self, name: str) -> list[dict[str, Any]]:
         """A row for each span and way; one row with the reason where it cannot run here."""
-        source = Source(name, self._args.source_device)
+        source = Source(self._args.source_device)
         rows = []
         try:
-            for span_bytes in LAYOUTS:
+            for span_bytes in SPAN_SIZES:
                 with tempfile.TemporaryDirectory(prefix="kvb-", dir="/tmp") as folder:
-                    pair = Pair(name, source, span_bytes, self._args, Path(folder))
+                    pair = self._pair(name, source, span_bytes, folder)
                     try:
                         rows += self._measure_pair(name, pair, span_bytes)
                     finally:
@@ -103,6 +105,9 @@ class TransferBench:
         finally:
             source.close()
         return rows
+
+    def _pair(self, name: str, source: Source, span_bytes: int, folder: str) -> Pair:
+        return Pair(name, source, span_bytes, self._size_bytes, self._args.reader_device, Path(folder))
 
     def _measure_pair(self, name: str, pair: Pair, span_bytes: int) -> list[dict[str, Any]]:
         pair.read_all()
@@ -139,7 +144,7 @@ class TransferBench:
                 torch.cuda.synchronize()
                 row = self._row(way, span_bytes, self._time_stream(copier, post))
                 pair.check()
-                row["posted_to_done_ms"] = 1e3 * self._time(functools.partial(spin, post))
+                row["posted_to_done_ms"] = 1e3 * self._time(functools.partial(spin, pair, post))
                 rows.append(row)
         return rows
 
@@ -184,10 +189,10 @@ class TransferBench:
         step = DecodeStep(torch.device(self._args.reader_device))
         step.median_ms(DECODE_STEPS)
         rows = []
-        source = Source("cuda_ipc", self._args.source_device)
+        source = Source(self._args.source_device)
         for span_bytes in (2 << 20, 8 << 20):
             with tempfile.TemporaryDirectory(prefix="kvb-", dir="/tmp") as folder:
-                pair = Pair("cuda_ipc", source, span_bytes, self._args, Path(folder))
+                pair = self._pair("cuda_ipc", source, span_bytes, folder)
                 try:
                     rows += self._measure_beside(step, pair, span_bytes)
                 finally:
@@ -198,10 +203,12 @@ class TransferBench:
     def _measure_beside(self, step: DecodeStep, pair: Pair, span_bytes: int) -> list[dict[str, Any]]:
         with device_ways(pair) as ways:
             loads = {
-                "copy engines, link never idle": LinkFeed(ways.by_engines, at_once=8, every=1),
-                "kernel, link never idle": LinkFeed(ways.by_kernel, at_once=8, every=1),
-                "copy engines, 512 MiB every 16 steps": LinkFeed(ways.by_engines, at_once=1, every=STEPS_PER_HANDOFF),
-                "kernel, 512 MiB every 16 steps": LinkFeed(ways.by_kernel, at_once=1, every=STEPS_PER_HANDOFF),
+                "copy engines, link never idle": LinkFeed(pair, ways.by_engines, at_once=8, every=1),
+                "kernel, link never idle": LinkFeed(pair, ways.by_kernel, at_once=8, every=1),
+                "copy engines, 512 MiB every 16 steps": LinkFeed(
+                    pair, ways.by_engines, at_once=1, every=STEPS_PER_HANDOFF
+                ),
+                "kernel, 512 MiB every 16 steps": LinkFeed(pair, ways.by_kernel, at_once=1, every=STEPS_PER_HANDOFF),
             }
             return [self._beside(step, load, feed, span_bytes) for load, feed in loads.items()]
 

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import msgspec
 import torch
-from transfer_pair import Pair, wait
 
+from kvrelay_cli.transfer.pair import Pair
 from kvrelay_transfer.connectors.base import BlockSlices, SliceShape
 from kvrelay_transfer.connectors.cuda_ipc import CudaIpcConnector, CudaIpcEndpoint
 from kvrelay_transfer.connectors.device_copy import DeviceCopier, MappedPool, as_array, merge_runs
@@ -56,7 +56,8 @@ def device_ways(pair: Pair) -> Iterator[DeviceWays]:
 class LinkFeed:
     """Posts copies between decode steps: every so many steps as many as are then under way at once."""
 
-    def __init__(self, post: Callable[[], torch.cuda.Event], at_once: int, every: int) -> None:
+    def __init__(self, pair: Pair, post: Callable[[], torch.cuda.Event], at_once: int, every: int) -> None:
+        self._pair = pair
         self._post = post
         self._at_once = at_once
         self._every = every
@@ -73,9 +74,9 @@ class LinkFeed:
         self._steps += 1
 
     def finish(self) -> None:
-        wait(lambda: all(has_fired(event) for event in self._under_way))
+        self._pair.wait(lambda: all(has_fired(event) for event in self._under_way))
 
 
-def spin(post: Callable[[], torch.cuda.Event]) -> None:
+def spin(pair: Pair, post: Callable[[], torch.cuda.Event]) -> None:
     event = post()
-    wait(lambda: has_fired(event))
+    pair.wait(lambda: has_fired(event))

@@ -21,7 +21,7 @@ COMMANDS = {
     "serve": "run one role: router, prefill or decode",
     "generate": "send one prompt and print the answer as it comes",
     "doctor": "say what this machine can do: devices, shared memory, connectors and their GB/s",
-    "bench": "measure this build (from a source checkout)",
+    "bench": "measure: how fast the connectors move KV blocks here, and other benchmarks",
 }
 
 EXIT_FAILED = 1

@@ -1,0 +1,134 @@
+"""Two pools in two processes, a link between them, and which scattered blocks to move."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from msgspec import Struct
+
+from kvrelay_cli.transfer.side import Side
+from kvrelay_cli.transfer.source import Opened, Source
+from kvrelay_core.errors import InternalError, TransferError
+from kvrelay_core.request import AttemptId
+from kvrelay_transfer.connectors.base import BlockRead, PeerInfo, PeerLink, Transfer, TransferState
+from kvrelay_transfer.layout import KvLayout
+from kvrelay_transfer.ticket import GroupBlocks, KvTicket, LeaseTerms
+
+PIECE_BYTES = 32 << 20  # one read of the engine, which keeps four under way
+PIECES_UNDER_WAY = 4
+DEADLINE_S = 60.0
+
+
+def layout_of(span_bytes: int) -> KvLayout:
+    """Whose blocks have `span_bytes`, a power of two from 4 KiB: 8 heads of 128 in two bytes, as of Llama-3.1-8B, with
+    up to its 32 layers."""
+    tokens_of_layers = span_bytes // (2 * 8 * 128 * 2)
+    num_layers = min(32, tokens_of_layers)
+    return KvLayout("bfloat16", num_layers, num_kv_heads=8, block_tokens=tokens_of_layers // num_layers, head_dim=128)
+
+
+class Spans(Struct, frozen=True):
+    """Scattered blocks of a source's pool and of the reader's, as many as there are bytes to move."""
+
+    layout: KvLayout
+    remote: tuple[int, ...]
+    local: tuple[int, ...]
+
+    def read(self, peer: PeerInfo, first: int = 0, end: int | None = None) -> BlockRead:
+        """Of all blocks, or of those in [first, end), as one of several reads."""
+        remote, local = self.remote[first:end], self.local[first:end]
+        attempt = AttemptId("bench", "bench", 1)
+        groups = (GroupBlocks(0, 0, remote, (0,) * len(remote)),)
+        ticket = KvTicket(
+            "bench", "bench", "bench", peer.engine_epoch, attempt, b"", self.layout, groups, 0, b"", LeaseTerms()
+        )
+        return BlockRead(ticket, 0, remote, local)
+
+
+class Pair:
+    """A source's pool, ours, a link between them, and which blocks to move."""
+
+    def __init__(
+        self, name: str, source: Source, span_bytes: int, size_bytes: int, reader_device: str, folder: Path
+    ) -> None:
+        """Moves `size_bytes` in whole spans, one at least. Raises ConfigError or TransferError where the connector
+        cannot work here."""
+        self.layout = layout_of(span_bytes)
+        num_spans = max(1, size_bytes // span_bytes)
+        self.size_bytes = num_spans * span_bytes
+        self._chosen = random.Random(span_bytes)
+        self._num_spans = num_spans
+        self.side = Side(name, self.layout, num_spans + 1, reader_device, folder)
+        try:
+            self._opened: Opened = source.open(name, self.layout, 2 * num_spans + 1)
+            self.peer = self._opened.peer
+            self.scatter()
+            started_s = time.perf_counter()
+            self.link: PeerLink = self.side.connect(self.peer)
+            self.connect_s = time.perf_counter() - started_s
+            self.wait(lambda: self.link.probed_gb_per_s() is not None)
+        except BaseException:
+            self.side.close()
+            raise
+
+    def scatter(self) -> None:
+        """Chooses what the next reads move: half of the source's blocks, no two neighbours in the same order on both
+        sides."""
+        remote = self._chosen.sample(range(1, 2 * self._num_spans + 1), self._num_spans)
+        local = self._chosen.sample(range(1, self._num_spans + 1), self._num_spans)
+        self.spans = Spans(self.layout, tuple(remote), tuple(local))
+        step = max(1, PIECE_BYTES // self.layout.block_bytes)
+        self._whole = self.spans.read(self.peer)
+        self._pieces = [self.spans.read(self.peer, first, first + step) for first in range(0, len(remote), step)]
+        self._one = self.spans.read(self.peer, 0, 1)
+
+    def read_all(self) -> None:
+        """In one read."""
+        self._finish([self._post(self._whole)])
+
+    def read_in_pieces(self) -> None:
+        """As the engine does."""
+        under_way: list[tuple[BlockRead, Transfer]] = []
+        for piece in self._pieces:
+            if len(under_way) == PIECES_UNDER_WAY:
+                self._finish([under_way.pop(0)])
+            under_way.append(self._post(piece))
+        self._finish(under_way)
+
+    def read_one(self) -> None:
+        """A single span."""
+        self._finish([self._post(self._one)])
+
+    def check(self, num_spans: int | None = None) -> None:
+        """Every byte of the spans (or of the first so many) is where it belongs."""
+        if not self.side.holds(self.spans.remote[:num_spans], self.spans.local[:num_spans]):
+            raise InternalError("the blocks that arrived are not those that were sent; nothing was measured")
+
+    def wait(self, is_done: Callable[[], bool]) -> None:
+        """Gives the processor away, but does not sleep: that would be part of what is measured."""
+        give_up_s = time.monotonic() + DEADLINE_S
+        while not is_done():
+            self.side.progress()
+            os.sched_yield()
+            if time.monotonic() > give_up_s:
+                raise TransferError(f"nothing came within {DEADLINE_S:g} s")
+
+    def close(self) -> None:
+        self.link.close()
+        self.side.close()
+
+    def _post(self, read: BlockRead) -> tuple[BlockRead, Transfer]:
+        return read, self.link.read(read)
+
+    def _finish(self, posted: list[tuple[BlockRead, Transfer]]) -> None:
+        """Waits for all, and compares the words that came with those of the source."""
+        self.wait(lambda: all(transfer.poll().is_terminal for _, transfer in posted))
+        for read, transfer in posted:
+            if transfer.poll() is not TransferState.DONE:
+                raise transfer.error or TransferError("a read failed")
+            if transfer.words != tuple(self._opened.words[block] for block in read.remote_blocks):
+                raise InternalError("the fence words that arrived are not the source's; nothing was measured")
