@@ -1,126 +1,122 @@
-"""`kvrelay doctor`: what this machine can do, as a table. Changes nothing and needs no model."""
+"""`kvrelay doctor`: what this machine can do, or what a running worker says of itself. Changes nothing, needs no
+model."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import os
-import platform
-import shutil
-import stat
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
+import json
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-from kvrelay_core.errors import ConfigError, KvRelayError
+import msgspec
+
+from kvrelay_cli import flag_types
+from kvrelay_cli.commands.generate import tls_files
+from kvrelay_cli.finding import Finding, Verdict
+from kvrelay_cli.flags import add_tls_flags
+from kvrelay_core.errors import ConfigError, DeadlineError, WorkerLostError
+
+if TYPE_CHECKING:
+    from kvrelay_cli.connector_report import ConnectorState
+    from kvrelay_cli.transfer.prober import TorchFacts
 
 EPILOG = """\
 Each line says `ok`, `--` (not there, and not needed) or `BAD` (something will not work). Exit code 2 with a BAD line.
-GB/s are 10^9 bytes a second; `first` is the first copy, which touches every page, `then` the best of later ones.
+Connectors are tried between two processes, blocks of 2 MiB; GB/s are 10^9 bytes a second. It takes 20 s at most.
+`kvrelay bench transfer` measures more closely.
 
-example:
-  kvrelay doctor
+examples:
+  kvrelay doctor                              this machine
+  kvrelay doctor --json                       the same for programs
+  kvrelay doctor --target 127.0.0.1:50061     a running worker: its pool, its hand-offs, its links
 """
-
-GIB = 2**30
-Line = tuple[str, str, str]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--no-speed", action="store_true", help="leave out the measurements (about 2 seconds)")
+    parser.add_argument("--no-speed", action="store_true", help="leave out the measurements")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    parser.add_argument(
+        "--target", type=flag_types.address, metavar="HOST:PORT", help="ask the worker that listens there instead"
+    )
+    add_tls_flags(parser, "for a worker that was started with them")
 
 
 def run(args: argparse.Namespace) -> int:
-    lines: list[Line] = []
-    for line in _findings(measure=not args.no_speed):
-        lines.append(line)
-        print("{:<4} {:<22} {}".format(*line), flush=True)
-    bad = [name for verdict, name, _ in lines if verdict == "BAD"]
-    if bad:
-        raise ConfigError(f"this machine has problems: {', '.join(bad)}")
+    if args.target is not None:
+        from kvrelay_cli.worker_report import ask_worker, lines_of_worker
+
+        answer = ask_worker(args.target, tls_files(args))
+        print(json.dumps(answer) if args.json else "\n".join(lines_of_worker(answer)))
+        return 0
+    report = Report(echo=not args.json)
+    examine(report, measure=not args.no_speed)
+    if args.json:
+        print(json.dumps(report.as_json()))
+    problems = report.problems()
+    if problems:
+        raise ConfigError(f"this machine has problems: {', '.join(problems)}")
     return 0
 
 
-def _findings(*, measure: bool) -> Iterator[Line]:
-    yield from _machine()
-    yield from _torch()
-    yield from _shared_memory()
-    yield _run_directory()
-    yield from _speeds() if measure else ()
+class Report:
+    """What was found so far; with `echo` each line is printed as soon as it is known."""
+
+    def __init__(self, *, echo: bool) -> None:
+        self._echo = echo
+        self._findings: list[Finding] = []
+        self.facts: TorchFacts | None = None
+        self.connectors: list[ConnectorState] = []
+
+    def add(self, finding: Finding) -> None:
+        self._findings.append(finding)
+        if self._echo:
+            print(finding, flush=True)
+
+    def problems(self) -> list[str]:
+        return [finding.name.strip() for finding in self._findings if finding.verdict is Verdict.BAD]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "version": version("kvrelay"),
+            "findings": [
+                {"verdict": found.verdict, "name": found.name.strip(), "text": found.text} for found in self._findings
+            ],
+            "torch": msgspec.to_builtins(self.facts),
+            "connectors": [
+                {**msgspec.to_builtins(state), "works": state.speed is not None} for state in self.connectors
+            ],
+            "problems": self.problems(),
+        }
 
 
-def _machine() -> Iterator[Line]:
-    cores = len(os.sched_getaffinity(0))
-    system = f"{platform.system()} {platform.release()} {platform.machine()}"
-    yield ("ok" if platform.system() == "Linux" else "BAD"), "system", f"{system}, Python {platform.python_version()}"
-    yield "ok", "CPU cores", str(cores)
-    memory = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo")}
-    available, total = memory["MemAvailable"] / GIB, memory["MemTotal"] / GIB
-    yield ("ok" if available > 1 else "BAD"), "memory", f"{available:.1f} of {total:.1f} GiB available"
+def examine(report: Report, *, measure: bool) -> None:
+    from kvrelay_cli import connector_report
+    from kvrelay_cli.machine_report import look_at_machine
 
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines()
-
-
-def _torch() -> Iterator[Line]:
-    if importlib.util.find_spec("torch") is None:
-        yield "--", "torch", "not installed: this machine can run a router, no workers; pip install 'kvrelay[engine]'"
-        return
-    import torch
-
-    yield "ok", "torch", f"{torch.__version__}, {torch.get_num_threads()} threads"
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            free, total = torch.cuda.mem_get_info(index)
-            name = torch.cuda.get_device_name(index)
-            yield "ok", f"cuda:{index}", f"{name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
-    elif shutil.which("nvidia-smi"):
-        yield "BAD", "cuda", f"a driver is installed, but torch {torch.__version__} cannot use it"
-    else:
-        yield "--", "cuda", "no NVIDIA driver; --device cpu works"
-
-
-def _shared_memory() -> Iterator[Line]:
+    for finding in look_at_machine():
+        report.add(finding)
+    survey = connector_report.ConnectorSurvey()
     try:
-        from kvrelay_transfer.memfd import create_memfd, is_sealed, seal
-
-        fd = create_memfd("kvrelay-doctor", 1 << 20, "free some memory")
-        try:
-            seal(fd, future_writes=False)
-            yield ("ok" if is_sealed(fd) else "BAD"), "memfd and seals", "KV pools can be shared without a file"
-        finally:
-            os.close(fd)
-    except (KvRelayError, OSError) as error:
-        yield "BAD", "memfd and seals", str(error)
-    if Path("/dev/shm").is_dir():
-        yield "ok", "/dev/shm", f"{shutil.disk_usage('/dev/shm').free / GIB:.1f} GiB free (not used: pools are memfds)"
-    else:
-        yield "--", "/dev/shm", "not mounted (not used: pools are memfds)"
+        failure = ""
+        if connector_report.is_installed("torch"):
+            try:
+                report.facts = survey.facts()
+            except (DeadlineError, WorkerLostError) as error:
+                failure = f"cannot be looked at: {error.message}"
+        for finding in connector_report.look_at_torch(report.facts, failure, connector_report.has_driver()):
+            report.add(finding)
+        _try_connectors(report, survey, measure=measure)
+    finally:
+        survey.close()
 
 
-def _run_directory() -> Line:
-    """Sockets of the roles live below the temporary folder; their paths must fit a socket address."""
-    folder = tempfile.gettempdir()
-    try:
-        with tempfile.TemporaryDirectory(prefix="kvrelay-up-") as path:
-            mode = stat.S_IMODE(Path(path).stat().st_mode)
-            if len(path) > 60:
-                return "BAD", "run folder", f"{folder} is too long for socket paths; set TMPDIR to a shorter one"
-            return ("ok" if mode == 0o700 else "BAD"), "run folder", f"{folder}, made with mode {mode:04o}"
-    except OSError as error:
-        return "BAD", "run folder", f"cannot write to {folder}: {error.strerror}; set TMPDIR"
+def _try_connectors(report: Report, survey: Any, *, measure: bool) -> None:
+    from kvrelay_cli import connector_report
 
-
-def _speeds() -> Iterator[Line]:
-    if importlib.util.find_spec("torch") is None:
-        return
-    from kvrelay_cli import probes
-
-    shm, size_bytes = probes.probe_shm()
-    for name, speed in (
-        ("memcpy", probes.probe_memcpy(size_bytes)),
-        ("connector shm", shm),
-        ("connector grpc", probes.probe_grpc(size_bytes)),
-    ):
-        yield "ok", name, f"{speed.first_gb_per_s:5.1f} GB/s first, {speed.gb_per_s:5.1f} GB/s then"
+    for name in connector_report.connector_names():
+        state = survey.state_of(name, report.facts, connector_report.is_installed, measure=measure)
+        report.connectors.append(state)
+        report.add(connector_report.finding_of(state))
+    if report.facts is not None:
+        for finding in connector_report.auto_findings(report.facts):
+            report.add(finding)
