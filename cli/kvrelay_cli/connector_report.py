@@ -27,7 +27,7 @@ GET_NIXL = "pip install 'kvrelay[nixl]'"
 GET_UCX = "pip install 'kvrelay[ucx]' (with CUDA 12: ucxx-cu12)"
 
 FACTS_TIMEOUT_S = 12.0
-MEASURE_TIMEOUT_S = 6.0
+MEASURE_TIMEOUT_S = 8.0  # the first on a GPU makes two contexts
 WORTH_ASKING_S = 1.0
 BUDGET_S = 17.0  # of all that is asked of the prober
 
