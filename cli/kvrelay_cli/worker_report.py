@@ -64,7 +64,7 @@ def _explained(error: Any, address: str, channel: grpc.Channel, timeout_s: float
         if _is_router(channel, timeout_s):
             return ConfigError(
                 f"{address} is a router, and holds no KV; ask its workers, at the addresses that it was given as "
-                "--prefill and --decode (`kvrelay up` prints them)"
+                "--prefill and --decode (its log names them)"
             )
         return ConfigError(f"{address} is no KVRelay worker: it does not know WorkerService")
     return error_from_rpc(error, address)
@@ -124,7 +124,7 @@ def handoff_line(load: dict[str, Any]) -> str:
 def link_lines(links: list[dict[str, Any]]) -> list[str]:
     """One line for each peer that the worker reads from."""
     if not links:
-        return ["links: none; a worker has links to the peers that it has read KV from"]
+        return ["links: none reported; there is one for each peer that KV was read from"]
     header = (
         "peer", "connector", "probe GB/s", "read GB/s", "mean read ms", "reads", "MiB", "failed", "stale", "fallbacks",
         "",

@@ -44,6 +44,23 @@ async def test_generate_prints_what_the_client_gets(cluster: Cluster) -> None:
     assert run(*words).stdout == f"{expected.text}\n"
 
 
+def test_doctor_asks_a_running_worker(cluster: Cluster) -> None:
+    reader = run("doctor", "--target", cluster.address_of("decode", 0))
+    assert reader.returncode == 0, reader.stderr
+    assert ": decode worker on cpu (" in reader.stdout.splitlines()[0]
+    for line in ("layout: ", "connectors offered: shm", "blocks: ", "hand-offs: ", "links: "):
+        assert f"\n{line}" in reader.stdout
+    source = json.loads(run("doctor", "--target", cluster.address_of("prefill", 0), "--json").stdout)
+    assert source["worker"]["role"] == "prefill"
+    assert source["load"]["blocks_total"] > 0
+
+
+def test_doctor_says_that_a_router_is_none(cluster: Cluster) -> None:
+    done = run("doctor", "--target", cluster.target)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"kvrelay: {cluster.target} is a router, and holds no KV; ask its workers")
+
+
 def test_a_refused_request_is_one_line_and_exit_code_2(cluster: Cluster) -> None:
     done = run("generate", "--target", cluster.target, "--token-ids", "1,9999", "--json")
     assert (done.returncode, done.stdout) == (2, "")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,19 @@ def test_without_torch_each_connector_says_what_it_needs(capsys: pytest.CaptureF
     assert "a router and clients, no workers; pip install 'kvrelay[engine]'" in torch
     needing = [line for line in lines if "missing: connectors need torch; pip install 'kvrelay[engine]'" in line]
     assert [line.split()[1] for line in needing] == ["cuda_ipc", "shm", "nixl", "ucx", "grpc"]
+
+
+def test_doctor_runs_in_a_base_install() -> None:
+    """Where none of the extras can be imported."""
+    code = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(('torch', 'numpy', 'nixl', 'ucxx', 'triton', 'safetensors')))\n"
+        "from kvrelay_cli.main import main\n"
+        "sys.exit(main(['doctor']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "not installed: this machine can run a router and clients" in done.stdout
 
 
 @pytest.mark.usefixtures("without_torch")

@@ -44,7 +44,7 @@ async def test_a_worker_says_who_it_is_and_what_it_holds(worker: FakePrefill) ->
     assert "float32, 2 layers" in text and "64 tokens a block" in text
     assert "blocks: 64, of these 3 in use, 0 cached, 2 pinned, 0 quarantined" in text
     assert "hand-offs: 3.0 MiB in 0.001 s, 3.15 GB/s; 1 leases" in text
-    assert "links: none" in text
+    assert "links: none reported" in text
 
 
 async def test_the_same_as_json(worker: FakePrefill, capsys: pytest.CaptureFixture[str]) -> None:
