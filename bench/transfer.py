@@ -30,7 +30,7 @@ from transfer_minimal_ucx import minimal_ucx  # noqa: E402
 
 from kvrelay_cli.transfer.pair import Pair  # noqa: E402
 from kvrelay_cli.transfer.source import Source  # noqa: E402
-from kvrelay_core.errors import ConfigError, TransferError  # noqa: E402
+from kvrelay_core.errors import ConfigError, DeadlineError, TransferError, UnavailableError  # noqa: E402
 
 # The blocks of Llama-3.1-8B with 16 and 64 tokens are the last two.
 SPAN_SIZES = (16 << 10, 128 << 10, 512 << 10, 2 << 20, 8 << 20)
@@ -100,7 +100,7 @@ class TransferBench:
                         rows += self._measure_pair(name, pair, span_bytes)
                     finally:
                         pair.close()
-        except (ConfigError, TransferError) as error:
+        except (ConfigError, TransferError, UnavailableError, DeadlineError) as error:
             rows.append({"way": name, "skipped": str(error)})
         finally:
             source.close()

@@ -23,6 +23,8 @@ MAX_RUN_FOLDER_CHARACTERS = 60
 
 def look_at_machine() -> Iterator[Finding]:
     yield _system()
+    if not is_linux():
+        return
     yield _cores()
     yield memory(available_bytes(), total_bytes(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     yield memlock(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0])
@@ -31,9 +33,14 @@ def look_at_machine() -> Iterator[Finding]:
     yield run_directory()
 
 
+def is_linux() -> bool:
+    """Whether a worker can run here at all."""
+    return platform.system() == "Linux"
+
+
 def _system() -> Finding:
     text = f"{platform.system()} {platform.release()} {platform.machine()}, Python {platform.python_version()}"
-    return ok("system", text) if platform.system() == "Linux" else bad("system", f"{text}; workers need Linux")
+    return ok("system", text) if is_linux() else bad("system", f"{text}; workers need Linux")
 
 
 def _cores() -> Finding:

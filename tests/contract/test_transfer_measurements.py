@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,6 +91,22 @@ def test_a_process_that_says_nothing_is_killed() -> None:
         process.ask(["facts"], 0.001)
     with pytest.raises(WorkerLostError, match="status -9"):
         process.ask(["facts"], PATIENCE_S)
+    process.close()
+
+
+def test_what_a_library_prints_is_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "loud_child.py").write_text(
+        "import os\n"
+        "from kvrelay_cli.transfer.line_process import LineChild\n"
+        "child = LineChild()\n"
+        "for question in child.questions():\n"
+        "    print('loading', flush=True)\n"
+        "    os.write(1, b'more\\n')\n"
+        "    child.answer(question)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{':'.join(sys.path)}")
+    process = LineProcess("loud_child")
+    assert process.ask(["echo", 1], PATIENCE_S) == ["echo", 1]
     process.close()
 
 

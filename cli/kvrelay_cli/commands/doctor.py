@@ -91,10 +91,12 @@ class Report:
 
 def examine(report: Report, *, measure: bool) -> None:
     from kvrelay_cli import connector_report
-    from kvrelay_cli.machine_report import look_at_machine
+    from kvrelay_cli.machine_report import is_linux, look_at_machine
 
     for finding in look_at_machine():
         report.add(finding)
+    if not is_linux():
+        return
     survey = connector_report.ConnectorSurvey()
     try:
         failure = ""

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +22,24 @@ from kvrelay_core.parent_death import parent_death_tie
 
 CLOSE_TIMEOUT_S = 10.0
 _READ_BYTES = 1 << 20
+
+
+class LineChild:
+    """The child's side. Whatever libraries print to stdout goes to stderr, so that it is not taken for an answer."""
+
+    def __init__(self) -> None:
+        parent_death_tie(os.getppid())()
+        self._answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def questions(self) -> Iterator[Any]:
+        """Until the parent closes the pipe."""
+        for line in sys.stdin:
+            yield json.loads(line)
+
+    def answer(self, value: Any) -> None:
+        """The one line that each question gets."""
+        print(json.dumps(value), file=self._answers, flush=True)
 
 
 class LineProcess:
@@ -35,7 +53,6 @@ class LineProcess:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", module, *arguments, self._folder.name],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-                preexec_fn=parent_death_tie(os.getpid()),
             )  # fmt: skip
 
     def ask(self, question: Any, timeout_s: float) -> Any:

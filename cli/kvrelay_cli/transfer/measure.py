@@ -45,11 +45,6 @@ class Devices(Struct, frozen=True):
     source: str
     reader: str
 
-    @property
-    def plain_copy(self) -> str:
-        """What a connector is compared with here."""
-        return "memcpy" if self.reader == "cpu" else "raw copy"
-
 
 def devices_for(device: str) -> Devices:
     """Two GPUs where there are two: reads go from cuda:1 to cuda:0."""

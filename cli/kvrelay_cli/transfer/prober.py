@@ -5,14 +5,12 @@ The parent's side imports no torch.
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
-from kvrelay_cli.transfer.line_process import LineProcess
+from kvrelay_cli.transfer.line_process import LineChild, LineProcess
 from kvrelay_core.errors import KvRelayError, UnsupportedError
 
 MODULE = "kvrelay_cli.transfer.prober"
@@ -59,10 +57,10 @@ class Prober:
 
     def measure(self, name: str, device: str, timeout_s: float) -> Speed:
         """Raises UnsupportedError with the connector's own words when it does not work here."""
-        answer = self._process.ask(["measure", name, device], timeout_s)
-        if "error" in answer:
-            raise UnsupportedError(answer["error"])
-        return msgspec.convert(answer, Speed)
+        told = self._process.ask(["measure", name, device], timeout_s)
+        if "error" in told:
+            raise UnsupportedError(told["error"])
+        return msgspec.convert(told, Speed)
 
     def close(self) -> None:
         self._process.close()
@@ -101,7 +99,11 @@ class Measurements:
         source = self._sources.get(devices.source)
         if source is None:
             source = self._sources[devices.source] = Source(devices.source)
-        [row] = measure_spans(name, source, devices, (SPAN_BYTES,), SIZE_BYTES, REPEATS)
+        try:
+            [row] = measure_spans(name, source, devices, (SPAN_BYTES,), SIZE_BYTES, REPEATS)
+        except KvRelayError:  # the source may be gone, or half way through: the next connector gets a new one
+            self._sources.pop(devices.source).close()
+            raise
         return Speed(device, row.first_gb_per_s, row.gb_per_s, row.plain_gb_per_s, row.one_span_s)
 
     def close(self) -> None:
@@ -110,18 +112,18 @@ class Measurements:
 
 
 def main() -> None:
+    child = LineChild()
     measurements = Measurements()
     try:
-        for line in sys.stdin:
-            match json.loads(line):
+        for question in child.questions():
+            match question:
                 case ["facts"]:
-                    answer = msgspec.to_builtins(look_at_torch())
+                    child.answer(msgspec.to_builtins(look_at_torch()))
                 case ["measure", name, device]:
                     try:
-                        answer = msgspec.to_builtins(measurements.measure(name, device))
+                        child.answer(msgspec.to_builtins(measurements.measure(name, device)))
                     except KvRelayError as error:
-                        answer = {"error": str(error)}
-            print(json.dumps(answer), flush=True)
+                        child.answer({"error": str(error)})
     finally:
         measurements.close()
 

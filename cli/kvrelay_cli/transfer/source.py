@@ -5,7 +5,6 @@ One line of JSON each way per pool.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from kvrelay_cli.transfer.line_process import LineProcess
+from kvrelay_cli.transfer.line_process import LineChild, LineProcess
 from kvrelay_cli.transfer.side import Side
 from kvrelay_core.errors import ConfigError, KvRelayError
 from kvrelay_transfer.connectors.base import ConnectorOffer, PeerInfo
@@ -39,22 +38,22 @@ class Source:
         """A new pool, in place of the last one, that connector `name` reads. Raises ConfigError when it cannot be
         had, DeadlineError or WorkerLostError when the process is gone."""
         question = [name, msgspec.msgpack.encode(layout).hex(), num_blocks]
-        answer = self._process.ask(question, OPEN_TIMEOUT_S)
-        if "error" in answer:
-            raise ConfigError(answer["error"])
-        offer = ConnectorOffer(name, bytes.fromhex(answer["endpoint"]))
-        peer = PeerInfo(answer["peer_id"], bytes.fromhex(answer["epoch"]), b"", layout, (offer,))
-        return Opened(peer, tuple(answer["words"]))
+        told = self._process.ask(question, OPEN_TIMEOUT_S)
+        if "error" in told:
+            raise ConfigError(told["error"])
+        offer = ConnectorOffer(name, bytes.fromhex(told["endpoint"]))
+        peer = PeerInfo(told["peer_id"], bytes.fromhex(told["epoch"]), b"", layout, (offer,))
+        return Opened(peer, tuple(told["words"]))
 
     def close(self) -> None:
         self._process.close()
 
 
 def serve(device: str, folder: Path) -> None:
+    child = LineChild()
     side: Side | None = None
     try:
-        for line in sys.stdin:
-            name, layout, num_blocks = json.loads(line)
+        for name, layout, num_blocks in child.questions():
             if side is not None:
                 side.close()
                 side = None
@@ -62,10 +61,9 @@ def serve(device: str, folder: Path) -> None:
                 decoded = msgspec.msgpack.decode(bytes.fromhex(layout), type=KvLayout)
                 side = Side(name, decoded, num_blocks, device, folder)
                 side.fill()
-                answer = _description(side)
+                child.answer(_description(side))
             except KvRelayError as error:
-                answer = {"error": str(error)}
-            print(json.dumps(answer), flush=True)
+                child.answer({"error": str(error)})
     finally:
         if side is not None:
             side.close()

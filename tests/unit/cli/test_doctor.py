@@ -79,6 +79,15 @@ def test_a_torch_that_cannot_be_looked_at_is_a_problem(monkeypatch: pytest.Monke
     assert "ended with status 1" in torch["text"] and f"No module named {module}" in torch["text"]
 
 
+def test_another_system_is_told_and_not_looked_at_further(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
+    assert main(["doctor"]) == 2
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith("BAD  system") and line.endswith("workers need Linux")
+
+
 def test_limits_of_locked_memory() -> None:
     assert machine_report.memlock(resource.RLIM_INFINITY).verdict is Verdict.OK
     little = machine_report.memlock(8 << 20)
