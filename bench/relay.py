@@ -23,9 +23,8 @@ import relay_cluster  # noqa: E402
 from checkpoints import make_checkpoint  # noqa: E402
 from cluster import Cluster  # noqa: E402
 from measured import Streams, print_table, provenance, write_result  # noqa: E402
+from relay_copies import probe_memcpy, probe_shm  # noqa: E402
 from relay_reference import Reference  # noqa: E402
-
-from kvrelay_cli.probes import probe_memcpy, probe_shm  # noqa: E402
 
 SHAPE: dict[str, Any] = {
     "architecture": "llama", "num_layers": 12, "hidden_size": 768, "num_heads": 12, "intermediate_size": 2048,

@@ -40,6 +40,8 @@ class EngineLoad:
             handoff_s=self._remote_kv.reader.handoff_s,
             stale_reads=self._remote_kv.stale_reads,
             prefix_blocks_pulled=self._remote_kv.pulls.num_pulled_blocks,
+            failed_reads=self._remote_kv.reader.peers.failed_reads,
+            fallbacks=self._remote_kv.reader.peers.fallbacks,
             expired_leases=self._source.num_expired,
         )
 

@@ -61,6 +61,8 @@ class PostedRead:
     size_bytes: int
     transfer: Transfer
     peer_id: str
+    connector: str
+    is_second_try: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -139,16 +141,28 @@ class Incoming:
         self.blocks, self.num_reused = reserved, num_reused
         self.num_posted = self.num_verified = self.plan.source_blocks_in(num_reused)
 
-    def post(self, end: int, peer_id: str, read: Callable[[BlockRead], Transfer]) -> None:
+    def post(self, end: int, peer_id: str, connector: str, read: Callable[[BlockRead], Transfer]) -> None:
         """Posts the read of the ticket's blocks up to `end`."""
-        group, pairs = self.group, self.plan.pair(self.num_posted, end, self.num_reused)
+        self.reads.append(self._make_read(self.num_posted, end, peer_id, connector, read))
+        self.num_posted = end
+
+    def post_again(self, failed: PostedRead, connector: str, read: Callable[[BlockRead], Transfer]) -> None:
+        """What a read that has ended was to bring, into the same blocks."""
+        again = self._make_read(failed.first, failed.end, failed.peer_id, connector, read)
+        again.is_second_try = True
+        self.reads.append(again)
+
+    def _make_read(
+        self, first: int, end: int, peer_id: str, connector: str, read: Callable[[BlockRead], Transfer]
+    ) -> PostedRead:
+        self.connector = connector
+        group, pairs = self.group, self.plan.pair(first, end, self.num_reused)
         remote = tuple(group.blocks[position] for position in pairs.remote)
         local = tuple(self.blocks[position] for position in pairs.local)
         words = tuple(group.words[position] for position in pairs.remote)
         transfer = read(BlockRead(self.ticket, group.group, remote, local, pairs.slices))
         blocks, size_bytes = tuple(dict.fromkeys(local)), self.plan.size_bytes(pairs)
-        self.reads.append(PostedRead(self.num_posted, end, blocks, words, size_bytes, transfer, peer_id))
-        self.num_posted = end
+        return PostedRead(first, end, blocks, words, size_bytes, transfer, peer_id, connector)
 
     def verify(self, read: PostedRead) -> None:
         """Compares the words that followed the data with the ticket's (PROTOCOL A6): all or nothing."""

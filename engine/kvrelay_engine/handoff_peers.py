@@ -1,20 +1,30 @@
 """The links from this engine to the pools of its sources: one per peer, over the first connector that works.
 
-A peer that announces a new epoch has restarted: its old link is closed, which tears down what was posted on it.
-Knows nothing of tickets or requests.
+A connector whose reads keep failing is left for the next one that connects, and tried again after a rest
+(`link_health`). The link that was left stays open until what was posted on it has ended. A peer that announces a new
+epoch has restarted: its old link is closed, which tears down what was posted on it. Knows nothing of tickets or
+requests.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from kvrelay_core.clock import Clock
 from kvrelay_core.error_info import info_of
 from kvrelay_core.errors import KvRelayError, TransferError
+from kvrelay_engine.link_health import LinkHealth, is_fault_of_the_way
 from kvrelay_engine.messages import Event, PeerConnected, PeerFailed
 from kvrelay_transfer.connectors.base import Connector, PeerInfo, PeerLink
 from kvrelay_transfer.connectors.registry import choose
 from kvrelay_transfer.layout import KvLayout
+
+log = logging.getLogger(__name__)
+
+# Longer than any connector's deadline of a read.
+LEFT_OPEN_S = 60.0
 
 
 @dataclass(slots=True, eq=False)
@@ -26,12 +36,19 @@ class ActiveLink:
 
 
 class PeerLinks:
-    def __init__(self, layout: KvLayout, connectors: Mapping[str, Connector], emit: Callable[[Event], None]) -> None:
+    def __init__(
+        self, layout: KvLayout, connectors: Mapping[str, Connector], clock: Clock, emit: Callable[[Event], None]
+    ) -> None:
         """`connectors` in order of preference."""
         self._layout = layout
         self._connectors = connectors
         self._emit = emit
+        self._clock = clock
+        self._health = LinkHealth(clock)
         self._links: dict[str, ActiveLink] = {}
+        self._left: list[tuple[float, ActiveLink]] = []  # when to close it
+        self.fallbacks = 0
+        self.failed_reads = 0
         self._errors: dict[str, KvRelayError] = {}  # why the last attempt to connect failed
 
     def connect(self, peer: PeerInfo) -> None:
@@ -49,9 +66,13 @@ class PeerLinks:
 
     def disconnect(self, peer_id: str) -> None:
         self._errors.pop(peer_id, None)
+        self._health.forget(peer_id)
         active = self._links.pop(peer_id, None)
         if active is not None:
             active.link.close()
+        for _, left in [entry for entry in self._left if entry[1].peer.peer_id == peer_id]:
+            left.link.close()
+        self._left = [entry for entry in self._left if entry[1].peer.peer_id != peer_id]
 
     def tear_down(self, peer_id: str, error: KvRelayError) -> None:
         """Closes a link that does not progress; its transfers become terminal."""
@@ -63,10 +84,19 @@ class PeerLinks:
         """None while the peer is not connected in this epoch. Raises what the last attempt failed with."""
         active = self._links.get(peer_id)
         if active is not None and active.peer.engine_epoch == engine_epoch:
-            return active
+            return self._best(active)
         if peer_id in self._errors:
             raise self._errors[peer_id]
         return None
+
+    def note_read(self, peer_id: str, connector: str, error: KvRelayError | None) -> None:
+        """How a read of the peer over `connector` ended. The link may be another one afterwards."""
+        if error is None:
+            self._health.note_success(peer_id, connector)
+        elif is_fault_of_the_way(error):
+            self.failed_reads += 1
+            if self._health.note_failure(peer_id, connector):
+                self._leave(peer_id, connector)
 
     @property
     def is_probing(self) -> bool:
@@ -78,15 +108,58 @@ class PeerLinks:
             if gb_per_s is not None:
                 active.is_announced = True
                 self._emit(PeerConnected(peer_id, active.connector, gb_per_s))
+        while self._left and self._left[0][0] <= self._clock.now():
+            self._left.pop(0)[1].link.close()
 
     def close(self) -> None:
         for peer_id in list(self._links):
             self.disconnect(peer_id)
 
+    def _best(self, active: ActiveLink) -> ActiveLink:
+        """The pair's link, or one over a better connector that has rested long enough."""
+        offered = [connector.name for connector, _ in choose(active.peer.offers, self._connectors)]
+        better = offered[: offered.index(active.connector)] if active.connector in offered else []
+        rested = [name for name in better if self._health.has_rested(active.peer.peer_id, name)]
+        if not rested:
+            return active
+        for name in rested:
+            self._health.try_again(active.peer.peer_id, name)
+        try:
+            other = self._open(active.peer)
+        except TransferError:
+            return active
+        if other.connector == active.connector:
+            other.link.close()
+            return active
+        log.info("reads from %s go by %s again", active.peer.peer_id, other.connector)
+        self._replace(active, other)
+        return other
+
+    def _leave(self, peer_id: str, connector: str) -> None:
+        """For the next connector that connects; where there is none, the link stays as it is."""
+        active = self._links.get(peer_id)
+        if active is None or active.connector != connector:
+            return
+        try:
+            other = self._open(active.peer)
+        except TransferError as error:
+            log.warning("reads from %s by %s fail, and there is no other way: %s", peer_id, connector, error.message)
+            return
+        log.warning("reads from %s by %s fail; they go by %s now", peer_id, connector, other.connector)
+        self._replace(active, other)
+        self.fallbacks += 1
+
+    def _replace(self, active: ActiveLink, other: ActiveLink) -> None:
+        self._links[active.peer.peer_id] = other
+        self._left.append((self._clock.now() + LEFT_OPEN_S, active))
+
     def _open(self, peer: PeerInfo) -> ActiveLink:
         refusals: list[str] = []
         needs_slices = self._layout.needs_slices(peer.layout)
         for connector, offer in choose(peer.offers, self._connectors):
+            if self._health.rests(peer.peer_id, connector.name):
+                refusals.append(f"{connector.name}: its reads failed, it is left alone for a while")
+                continue
             if needs_slices and not connector.can_slice:
                 refusals.append(f"{connector.name}: moves whole blocks only, {self._difference(peer.layout)}")
                 continue

@@ -32,6 +32,7 @@ from kvrelay_core.request import FirstToken, HandoffTiming
 from kvrelay_engine.block_pool import BlockPool
 from kvrelay_engine.handoff_incoming import Incoming, PostedRead, check_ticket
 from kvrelay_engine.handoff_peers import PeerLinks
+from kvrelay_engine.link_health import is_worth_another_try
 from kvrelay_engine.messages import (
     Command,
     ConnectPeer,
@@ -107,7 +108,7 @@ class HandoffReader:
         self._emit = emit
         self._reserve = reserve
         self._limits = limits or ReaderLimits()
-        self.peers = PeerLinks(layout, connectors, emit)
+        self.peers = PeerLinks(layout, connectors, clock, emit)
         self._quarantine = Quarantine(int(self._limits.max_quarantined_share * pool.num_blocks))
         self._incoming: dict[int, Incoming] = {}
         grpc = connectors.get(GrpcConnector.name)
@@ -240,7 +241,10 @@ class HandoffReader:
 
     def _take_in(self, incoming: Incoming, read: PostedRead, state: TransferState) -> None:
         if state is not TransferState.DONE:
-            raise read.transfer.error or TransferError(f"the read from {read.peer_id} ended as {state.value}")
+            error = read.transfer.error or TransferError(f"the read from {read.peer_id} ended as {state.value}")
+            self._try_again(incoming, read, state, error)
+            return
+        self.peers.note_read(read.peer_id, read.connector, None)
         before = incoming.num_usable
         try:
             incoming.verify(read)
@@ -250,6 +254,16 @@ class HandoffReader:
         self.handoff_bytes += read.size_bytes
         for block, key in zip(incoming.blocks[before : incoming.num_usable], incoming.keys[before:], strict=False):
             self._pool.publish(block, key)
+
+    def _try_again(self, incoming: Incoming, read: PostedRead, state: TransferState, error: KvRelayError) -> None:
+        """A read that failed on its way is posted once more, perhaps over another connector; else raises the error."""
+        if state is not TransferState.FAILED:
+            raise error
+        self.peers.note_read(read.peer_id, read.connector, error)
+        active = self.peers.find(read.peer_id, incoming.ticket.engine_epoch)
+        if active is None or read.is_second_try or incoming.failure is not None or not is_worth_another_try(error):
+            raise error
+        incoming.post_again(read, active.connector, active.link.read)
 
     def _reserve_all(self, incoming: Incoming) -> bool:
         """Our own cached blocks first, the rest from the scheduler; all or nothing."""
@@ -277,8 +291,7 @@ class HandoffReader:
             incoming.waiting_since_s = None
             if active.peer.layout != incoming.ticket.layout:
                 raise MismatchError("the ticket is of another KV layout than its source has")
-            incoming.connector = active.connector
-            incoming.post(end, active.peer.peer_id, active.link.read)
+            incoming.post(end, active.peer.peer_id, active.connector, active.link.read)
         if incoming.reading_since_s is None:
             incoming.note_reading(self._clock.now())
 

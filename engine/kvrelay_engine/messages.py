@@ -208,6 +208,8 @@ class Load(Struct, frozen=True, kw_only=True):
     stale_reads: int = 0
     expired_leases: int = 0
     prefix_blocks_pulled: int = 0
+    failed_reads: int = 0
+    fallbacks: int = 0
 
 
 class Started(Event, frozen=True):

@@ -70,6 +70,10 @@ class HandoffPair:
         if is_connected:
             self.connect()
 
+    def close(self) -> None:
+        self.side.close()
+        self.memory.close()
+
     def reserve(self, sequence: Sequence, num_blocks: int) -> list[int] | None:
         """The scheduler's word: as long as `room` lasts."""
         if num_blocks > min(self.room, self.pool.num_free):

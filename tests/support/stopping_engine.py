@@ -101,11 +101,13 @@ class StalledTransfer(Transfer):
 def install(stops: Stops) -> None:
     post = stops.before("read", Incoming.post)
 
-    def post_or_stall(incoming: Incoming, end: int, peer_id: str, read: Callable[[BlockRead], Transfer]) -> None:
+    def post_or_stall(
+        incoming: Incoming, end: int, peer_id: str, connector: str, read: Callable[[BlockRead], Transfer]
+    ) -> None:
         def stalled(request: BlockRead) -> Transfer:
             return StalledTransfer(read, request, stops.stall)
 
-        post(incoming, end, peer_id, stalled if stops.stall.exists() else read)
+        post(incoming, end, peer_id, connector, stalled if stops.stall.exists() else read)
 
     handoff: Any = Incoming
     handoff.post = post_or_stall

@@ -194,5 +194,7 @@ def load_to_wire(load: Load, *, streams: int, tasks: int, draining: bool) -> wor
         stale_reads=load.stale_reads,
         expired_leases=load.expired_leases,
         prefix_blocks_pulled=load.prefix_blocks_pulled,
+        failed_reads=load.failed_reads,
+        fallbacks=load.fallbacks,
         tasks=tasks,
     )

@@ -44,6 +44,8 @@ COUNTERS = (
     Reading("kvrelay.kv.stale_reads", "{read}", lambda load: load.stale_reads),
     Reading("kvrelay.kv.expired_leases", "{lease}", lambda load: load.expired_leases),
     Reading("kvrelay.kv.prefix_blocks_pulled", "{block}", lambda load: load.prefix_blocks_pulled),
+    Reading("kvrelay.kv.failed_reads", "{read}", lambda load: load.failed_reads),
+    Reading("kvrelay.kv.fallbacks", "{fallback}", lambda load: load.fallbacks),
 )
 
 

@@ -303,6 +303,8 @@ def test_no_order_gives_wrong_kv_or_loses_a_block(source_tokens: int, our_tokens
         except AssertionError as failure:
             failure.add_note(f"in the walk with seed {seed}")
             raise
+        finally:
+            walk.pair.close()
         ends += walk.ends
     # The walks are worth something: they met every end, and often enough the good one.
     assert ends["arrived"] >= NUM_WALKS

@@ -92,6 +92,8 @@ def test_a_gap_in_what_has_landed_counts_only_up_to_it() -> None:
     for index in (0, 2, 3):
         reads[index].land()
     reads[1].end(TransferState.FAILED, TransferError("lost"))
+    assert pair.poll() is None
+    pair.only_transfer().end(TransferState.FAILED, TransferError("lost again"))
     outcome = pair.poll()
     assert isinstance(outcome, HandoffBroken) and outcome.verified_blocks == 1
     assert pair.reader.num_quarantined == 1, "the last read is still under way"

@@ -44,7 +44,7 @@ class TwoEngines:
         self.fabric = MemoryFabric()
         self.source_connector = MemoryConnector(self.fabric, self.side.memory, self.clock)
         self.connector = MemoryConnector(self.fabric, self.memory, self.clock)
-        self.peers = PeerLinks(LAYOUT, {"memory": self.connector}, self.events.append)
+        self.peers = PeerLinks(LAYOUT, {"memory": self.connector}, self.clock, self.events.append)
         self.peers.connect(self.side.peer(self.source_connector.offer()))
         self.throughput = Throughput()
         self.spare = 100

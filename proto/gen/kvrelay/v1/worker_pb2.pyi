@@ -161,6 +161,8 @@ class WatchLoadResponse(_message.Message):
     EXPIRED_LEASES_FIELD_NUMBER: _builtins.int
     TASKS_FIELD_NUMBER: _builtins.int
     PREFIX_BLOCKS_PULLED_FIELD_NUMBER: _builtins.int
+    FAILED_READS_FIELD_NUMBER: _builtins.int
+    FALLBACKS_FIELD_NUMBER: _builtins.int
     requests_waiting: _builtins.int
     requests_waiting_remote_kv: _builtins.int
     requests_running: _builtins.int
@@ -182,6 +184,9 @@ class WatchLoadResponse(_message.Message):
     tasks: _builtins.int
     prefix_blocks_pulled: _builtins.int
     """KV of prompts' beginnings that came from other workers' prefix caches."""
+    failed_reads: _builtins.int
+    """Reads that failed on their way, and how often a pair has gone over to another connector for it."""
+    fallbacks: _builtins.int
     def __init__(
         self,
         *,
@@ -205,10 +210,12 @@ class WatchLoadResponse(_message.Message):
         expired_leases: _builtins.int = ...,
         tasks: _builtins.int = ...,
         prefix_blocks_pulled: _builtins.int = ...,
+        failed_reads: _builtins.int = ...,
+        fallbacks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_cached", b"blocks_cached", "blocks_in_use", b"blocks_in_use", "blocks_pinned", b"blocks_pinned", "blocks_quarantined", b"blocks_quarantined", "blocks_total", b"blocks_total", "draining", b"draining", "expired_leases", b"expired_leases", "handoff_bytes", b"handoff_bytes", "handoff_s", b"handoff_s", "leases", b"leases", "prefix_blocks_pulled", b"prefix_blocks_pulled", "requests_running", b"requests_running", "requests_waiting", b"requests_waiting", "requests_waiting_remote_kv", b"requests_waiting_remote_kv", "stale_reads", b"stale_reads", "steps", b"steps", "streams", b"streams", "tasks", b"tasks", "tokens_queued", b"tokens_queued", "transfers", b"transfers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_cached", b"blocks_cached", "blocks_in_use", b"blocks_in_use", "blocks_pinned", b"blocks_pinned", "blocks_quarantined", b"blocks_quarantined", "blocks_total", b"blocks_total", "draining", b"draining", "expired_leases", b"expired_leases", "failed_reads", b"failed_reads", "fallbacks", b"fallbacks", "handoff_bytes", b"handoff_bytes", "handoff_s", b"handoff_s", "leases", b"leases", "prefix_blocks_pulled", b"prefix_blocks_pulled", "requests_running", b"requests_running", "requests_waiting", b"requests_waiting", "requests_waiting_remote_kv", b"requests_waiting_remote_kv", "stale_reads", b"stale_reads", "steps", b"steps", "streams", b"streams", "tasks", b"tasks", "tokens_queued", b"tokens_queued", "transfers", b"transfers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,166 @@
+"""A connector whose reads fail on their way is left for the next one, and tried again later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from handoff_pair import TOKENS, HandoffPair
+from handoff_sides import ADDRESS, make_sequence
+
+from kvrelay_core.clock import ManualClock
+from kvrelay_core.errors import DeadlineError, LeaseExpiredError, StaleTicketError, TransferError, WorkerLostError
+from kvrelay_engine.handoff_reader import HandoffArrived, HandoffBroken
+from kvrelay_engine.link_health import (
+    FIRST_REST_S,
+    LONGEST_REST_S,
+    LinkHealth,
+    is_fault_of_the_way,
+    is_worth_another_try,
+)
+from kvrelay_transfer.connectors.base import Connector, ConnectorOffer, TransferState
+from kvrelay_transfer.connectors.memory import MemoryConnector
+
+
+class Way(MemoryConnector):
+    """The memory connector under another name."""
+
+    def named(self, name: str) -> Way:
+        self.name = name
+        return self
+
+    def offer(self) -> ConnectorOffer:
+        return ConnectorOffer(self.name, super().offer().endpoint)
+
+
+class TwoWays(HandoffPair):
+    """Both sides have `first` and `second`, in this order."""
+
+    def __init__(self) -> None:
+        super().__init__(is_connected=False)
+        mine: dict[str, Connector] = {
+            name: Way(self.fabric, self.memory, self.clock).named(name) for name in ("first", "second")
+        }
+        theirs = [Way(self.fabric, self.side.memory, self.clock).named(name) for name in mine]
+        self.reader.peers._connectors = mine
+        self.reader.peers.connect(self.side.peer(*(connector.offer() for connector in theirs)))
+
+    @property
+    def way(self) -> str:
+        active = self.reader.peers.find(ADDRESS, self.side.memory.engine_epoch)
+        assert active is not None
+        return active.connector
+
+    def begin(self, request_id: int = 1) -> None:
+        """Follows a finished ticket, up to its posted reads."""
+        sequence = make_sequence([request_id, *TOKENS], request_id)
+        self.open(sequence, self.side.prefill(sequence))
+        self.carry(request_id)
+        assert self.poll() is None and self.fabric.pending
+
+    def fail_reads(self, error: TransferError | StaleTicketError | LeaseExpiredError) -> None:
+        for transfer in list(self.fabric.pending):
+            transfer.end(TransferState.FAILED, error)
+
+
+@pytest.fixture
+def ways() -> Iterator[TwoWays]:
+    ways = TwoWays()
+    yield ways
+    ways.close()
+
+
+def fail(ways: TwoWays, count: int, error: type[TransferError] = TransferError) -> None:
+    for _ in range(count):
+        ways.reader.peers.note_read(ADDRESS, ways.way, error("it broke"))
+
+
+def test_two_failures_in_a_row_and_the_next_connector_carries_the_pair(ways: TwoWays) -> None:
+    assert ways.way == "first"
+    fail(ways, 1)
+    assert ways.way == "first" and ways.reader.peers.fallbacks == 0
+    fail(ways, 1)
+    assert ways.way == "second"
+    assert (ways.reader.peers.fallbacks, ways.reader.peers.failed_reads) == (1, 2)
+
+
+def test_a_success_between_forgets_the_failure(ways: TwoWays) -> None:
+    for _ in range(5):
+        fail(ways, 1)
+        ways.reader.peers.note_read(ADDRESS, "first", None)
+    assert ways.way == "first"
+
+
+def test_with_no_other_way_the_link_stays(ways: TwoWays) -> None:
+    fail(ways, 2)
+    fail(ways, 2)
+    assert ways.way == "second" and ways.reader.peers.fallbacks == 1
+
+
+def test_the_better_one_is_tried_again_after_its_rest(ways: TwoWays) -> None:
+    fail(ways, 2)
+    ways.clock.advance(FIRST_REST_S - 1)
+    assert ways.way == "second"
+    ways.clock.advance(2)
+    assert ways.way == "first"
+    fail(ways, 1)
+    assert ways.way == "second", "one failure is enough now"
+    ways.clock.advance(FIRST_REST_S + 1)
+    assert ways.way == "second", "and the rest is longer"
+    ways.clock.advance(FIRST_REST_S)
+    assert ways.way == "first"
+
+
+def test_rests_grow_to_a_bound() -> None:
+    clock = ManualClock()
+    health = LinkHealth(clock)
+    rest_s = FIRST_REST_S
+    for _ in range(8):
+        while not health.note_failure("peer", "shm"):
+            pass
+        clock.advance(rest_s - 0.1)
+        assert health.rests("peer", "shm") and not health.has_rested("peer", "shm")
+        clock.advance(0.2)
+        assert not health.rests("peer", "shm") and health.has_rested("peer", "shm")
+        health.try_again("peer", "shm")
+        rest_s = min(LONGEST_REST_S, 2 * rest_s)
+    assert not health.rests("peer", "grpc") and not health.rests("other", "shm")
+    health.note_failure("peer", "shm")
+    health.forget("peer")
+    assert not health.rests("peer", "shm")
+
+
+def test_a_restarted_peer_begins_anew(ways: TwoWays) -> None:
+    fail(ways, 2)
+    peer = ways.reader.peers.find(ADDRESS, ways.side.memory.engine_epoch)
+    assert peer is not None
+    ways.reader.peers.disconnect(ADDRESS)
+    ways.reader.peers.connect(peer.peer)
+    assert ways.way == "first"
+
+
+def test_a_failed_read_is_posted_once_more_and_the_handoff_arrives(ways: TwoWays) -> None:
+    ways.begin()
+    ways.fail_reads(TransferError("the line broke"))
+    assert isinstance(ways.land(), HandoffArrived)
+    assert ways.reader.peers.failed_reads == 1
+
+
+def test_a_read_that_fails_twice_breaks_the_handoff(ways: TwoWays) -> None:
+    ways.begin()
+    ways.fail_reads(TransferError("the line broke"))
+    assert ways.poll() is None
+    ways.fail_reads(TransferError("the other line broke"))
+    broken = ways.poll()
+    assert isinstance(broken, HandoffBroken) and broken.error.message == "the other line broke"
+
+
+def test_what_the_source_says_is_no_fault_of_the_way(ways: TwoWays) -> None:
+    ways.begin()
+    ways.fail_reads(LeaseExpiredError("the lease has ended"))
+    broken = ways.poll()
+    assert isinstance(broken, HandoffBroken) and ways.reader.peers.failed_reads == 0
+    assert not any(
+        map(is_fault_of_the_way, (StaleTicketError("x"), LeaseExpiredError("x"), WorkerLostError("x"), None))
+    )
+    assert is_fault_of_the_way(DeadlineError("x")) and not is_worth_another_try(DeadlineError("x"))
