@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import weakref
 
 import numpy as np
 import torch
@@ -44,6 +45,7 @@ class PoolMemory:
             np.frombuffer(mapping, np.uint64, header.num_blocks, header.words_offset), header.engine_epoch
         )
         self._fd = fd
+        self._close_fd = weakref.finalize(self, os.close, fd)  # a descriptor is no more than a number
 
     @classmethod
     def allocate(cls, layout: KvLayout, num_blocks: int, device: str, epoch: bytes) -> PoolMemory:
@@ -91,9 +93,8 @@ class PoolMemory:
     def close(self) -> None:
         """Gives the descriptor back; the memory goes with the last tensor and the last peer that hold it. On a GPU
         ours is no longer one of them: who restarts there needs the room at once."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._close_fd()
+        self._fd = -1
         if self.device == "cuda":
             self.tensor = self.tensor.new_empty(0)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import weakref
 from pathlib import Path
 
 from kvrelay_core.errors import UnavailableError
@@ -20,6 +21,7 @@ class StagingSlots:
         self.num_slots = num_slots
         self.slot_bytes = slot_bytes
         self._fd = fd
+        self._close_fd = weakref.finalize(self, os.close, fd)  # a descriptor is no more than a number
         self._mapping = mmap.mmap(fd, num_slots * slot_bytes)
 
     @classmethod
@@ -50,7 +52,7 @@ class StagingSlots:
         return memoryview(self._mapping)[index * self.slot_bytes : (index + 1) * self.slot_bytes]
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
+        if self._close_fd.alive:
+            self._close_fd()
             self._fd = -1
             self._mapping.close()

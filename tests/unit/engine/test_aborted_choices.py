@@ -8,7 +8,7 @@ import pytest
 from engine_rig import EnginePair, EngineRig, make_generation, prompt_of
 from fake_runner import continuation
 
-from kvrelay_core.errors import TransferError
+from kvrelay_core.errors import DeadlineError
 from kvrelay_core.request import ChoiceState
 from kvrelay_engine import messages
 from kvrelay_transfer.connectors.base import TransferState
@@ -117,7 +117,7 @@ def test_an_aborted_choice_stays_so_when_the_handoff_is_lost_and_resumed(pair: E
     while not pair.fabric.pending:
         pair.turn()
     abort(pair.reader, 0)
-    pair.fabric.pending[0].end(TransferState.FAILED, TransferError("the cable was cut"))
+    pair.fabric.pending[0].end(TransferState.FAILED, DeadlineError("the read did not end in time"))
     pair.turn()
     pair.reader.the(messages.HandoffLost)
     pair.reader.engine.handle(messages.Resume(1, (ChoiceState(0), ChoiceState(1))))

@@ -9,7 +9,7 @@ import pytest
 from engine_rig import EnginePair, attempt_of, make_generation, prompt_of
 from fake_runner import continuation
 
-from kvrelay_core.errors import TransferError
+from kvrelay_core.errors import DeadlineError
 from kvrelay_core.request import AttemptId, ChoiceState, ErrorInfo, FinishReason
 from kvrelay_engine import messages
 from kvrelay_transfer.connectors.base import TransferState
@@ -233,7 +233,7 @@ def test_a_failed_read_is_a_lost_handoff_and_frees_both_sides(pair: EnginePair) 
     pair.submit(1, make_generation(prompt_of(12), 6))
     while not pair.fabric.pending:
         pair.turn()
-    pair.fabric.pending[0].end(TransferState.FAILED, TransferError("the cable was cut"))
+    pair.fabric.pending[0].end(TransferState.FAILED, DeadlineError("the read did not end in time"))
     pair.lands_reads = True
     run_until(pair, messages.HandoffLost)
     pair.turn()

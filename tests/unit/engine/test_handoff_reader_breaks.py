@@ -93,7 +93,8 @@ def test_a_gap_in_what_has_landed_counts_only_up_to_it() -> None:
         reads[index].land()
     reads[1].end(TransferState.FAILED, TransferError("lost"))
     assert pair.poll() is None
-    pair.only_transfer().end(TransferState.FAILED, TransferError("lost again"))
+    [again] = [read for read in pair.fabric.pending if read.request.remote_blocks == reads[1].request.remote_blocks]
+    again.end(TransferState.FAILED, TransferError("lost again"))
     outcome = pair.poll()
     assert isinstance(outcome, HandoffBroken) and outcome.verified_blocks == 1
     assert pair.reader.num_quarantined == 1, "the last read is still under way"
