@@ -103,7 +103,7 @@ class Reader:
         self.memory.close()
 
 
-@pytest.fixture(scope="module", params=[{}, OVER_TCP], ids=["shm", "tcp"])
+@pytest.fixture(scope="module", params=[{}, pytest.param(OVER_TCP, marks=pytest.mark.full)], ids=["shm", "tcp"])
 def options(request: pytest.FixtureRequest) -> dict[str, str]:
     chosen: dict[str, str] = request.param
     return chosen

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 from answers import ask_greedy
-from cluster import Cluster
+from cluster import Cluster, wait_until
 from oracle import make_prompt
 
 from kvrelay_client import AsyncClient, Delta
@@ -72,6 +72,11 @@ async def test_in_the_handoff_itself(cluster: Cluster) -> None:
             async with client.generate(token_ids=prompt, temperature=0, max_tokens=400, ignore_eos=True) as stream:
                 await anext(stream)
                 held = await asyncio.to_thread(cluster.load_of, "prefill")
+            # The cancel has to be there first: prefill hears of it after decode, whose service has read it by now.
+            await asyncio.to_thread(
+                wait_until, lambda: not cluster.load_of("prefill").leases, 2, "the cancel reached prefill"
+            )
+            await asyncio.to_thread(cluster.describe, "decode")
         finally:
             os.kill(engine, signal.SIGCONT)
         # Prefill had finished, its ticket waited for a reader, and the reader had read nothing.

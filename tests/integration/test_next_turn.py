@@ -63,6 +63,14 @@ class Conversation:
         return answer
 
 
+async def meet_everybody(client: AsyncClient, cluster: Cluster) -> None:
+    """Until each worker has answered: a cluster is ready with the first of each role. Shorter than a hash unit."""
+    met: set[str] = set()
+    while len(met - {""}) < sum(cluster.num_workers.values()):
+        answer = await ask(client, token_ids=[len(met) + 1, 2, 3], max_tokens=2, temperature=0, ignore_eos=True)
+        met |= {answer.end.timing.prefill_worker, answer.end.timing.decode_worker}
+
+
 def units(num_tokens: int) -> int:
     """Tokens of the full hash units in so many tokens."""
     return num_tokens // UNIT * UNIT
@@ -72,11 +80,12 @@ def pulled(cluster: Cluster) -> dict[str, int]:
     return {worker: load.prefix_blocks_pulled for worker, load in cluster.loads().items()}
 
 
-@pytest.mark.parametrize("connector", ["shm", "grpc"])
+@pytest.mark.parametrize("connector", ["shm", pytest.param("grpc", marks=pytest.mark.full)])
 async def test_prefill_takes_the_last_turn_back_from_decode(checkpoint: CheckpointMaker, connector: str) -> None:
     model_dir = checkpoint("llama3_scaled")
     with Cluster(model_dir, connector=connector, **TWO_PREFILL) as cluster:
         async with cluster.client() as client:
+            await meet_everybody(client, cluster)
             conversation = Conversation(client, model_dir)
             first = await conversation.ask(100)
             assert first.end.usage.cached_tokens == 0 and not any(pulled(cluster).values())
@@ -99,6 +108,7 @@ async def test_a_decode_worker_goes_on_from_another_ones_kv(checkpoint: Checkpoi
     model_dir = checkpoint("qwen3")
     with Cluster(model_dir, connector="shm", **TWO_DECODE) as cluster:
         async with cluster.client() as client:
+            await meet_everybody(client, cluster)
             conversation = Conversation(client, model_dir)
             first = await conversation.ask(150)
             known = len(conversation.said) - 1
@@ -110,6 +120,7 @@ async def test_a_decode_worker_goes_on_from_another_ones_kv(checkpoint: Checkpoi
         cluster.assert_no_leaks()
 
 
+@pytest.mark.full
 async def test_another_tenant_gets_nothing_of_it(checkpoint: CheckpointMaker) -> None:
     model_dir = checkpoint("llama3_scaled")
     prompt = make_prompt(VOCAB, 150, seed=1)
@@ -128,6 +139,7 @@ async def test_a_holder_that_is_gone_or_hangs_costs_a_wait_and_no_more(checkpoin
     flags = {**TWO_PREFILL, "decode": 2, "prefix_wait": 1}
     with Cluster(model_dir, connector="shm", **flags) as cluster:
         async with cluster.client() as client:
+            await meet_everybody(client, cluster)
             conversation = Conversation(client, model_dir)
             first = await conversation.ask(150)
             holder = int(first.end.timing.decode_worker.rpartition("-")[2])

@@ -15,7 +15,7 @@ from kvrelay_client import AsyncClient
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 SIZES = ((16, 64), (64, 16), (32, 128), (128, 32))
-SAMPLED = {("shm", 16, 64), ("grpc", 64, 16)}
+SAMPLED = {("grpc", 64, 16)}
 
 
 def cells() -> list[object]:
