@@ -112,6 +112,14 @@ class ExportGate(Protocol):
         """
 
 
+class LinkSpeed(Struct, frozen=True, array_like=True):
+    """What a probe found; 0.0 stands for what it did not measure. `latency_s` is that of a few KiB, from posting to
+    their arrival."""
+
+    gb_per_s: float = 0.0  # 10^9 bytes a second
+    latency_s: float = 0.0
+
+
 class Transfer(ABC):
     """One asynchronous read."""
 
@@ -139,6 +147,11 @@ class PeerLink(ABC):
     def probed_gb_per_s(self) -> float | None:
         """What the probe at connect measured (10^9 bytes a second); None while it runs, 0.0 if there is none."""
         return 0.0
+
+    def probed_speed(self) -> LinkSpeed | None:
+        """As `probed_gb_per_s`, with the latency where the probe measures it."""
+        gb_per_s = self.probed_gb_per_s()
+        return None if gb_per_s is None else LinkSpeed(gb_per_s)
 
 
 class EndedTransfer(Transfer):

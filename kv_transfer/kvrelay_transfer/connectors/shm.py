@@ -23,6 +23,7 @@ from kvrelay_transfer.connectors.base import (
     Connector,
     ConnectorOffer,
     EndedTransfer,
+    LinkSpeed,
     PeerInfo,
     PeerLink,
     Transfer,
@@ -122,7 +123,7 @@ class _ShmLink(PeerLink):
         self._thread = thread
         self._clock = clock
         self._deadline_s = deadline_s
-        self._gb_per_s: float | None = None
+        self._speed: LinkSpeed | None = None
         size_bytes = min(PROBE_BYTES, region.data_bytes)
         BandwidthProbe(thread.post, region.block_address(0), size_bytes, self._is_open, self._take_speed).start()
 
@@ -147,10 +148,13 @@ class _ShmLink(PeerLink):
             self._thread.post(self.region.close)
 
     def probed_gb_per_s(self) -> float | None:
-        return self._gb_per_s
+        return None if self._speed is None else self._speed.gb_per_s
 
-    def _take_speed(self, gb_per_s: float) -> None:
-        self._gb_per_s = gb_per_s
+    def probed_speed(self) -> LinkSpeed | None:
+        return self._speed
+
+    def _take_speed(self, speed: LinkSpeed) -> None:
+        self._speed = speed
 
     def _is_open(self) -> bool:
         return not self.is_closed
