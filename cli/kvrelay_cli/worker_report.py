@@ -122,19 +122,18 @@ def handoff_line(load: dict[str, Any]) -> str:
 
 
 def link_lines(links: list[dict[str, Any]]) -> list[str]:
-    """One line for each peer that the worker reads from."""
+    """One line for each peer that the worker reads from, and each connector that connected to it."""
     if not links:
         return ["links: none reported; there is one for each peer that KV was read from"]
     header = (
-        "peer", "connector", "probe GB/s", "read GB/s", "mean read ms", "reads", "MiB", "failed", "stale", "fallbacks",
-        "",
+        "peer", "connector", "probe GB/s", "us", "read GB/s", "mean read ms", "reads", "MiB", "spans/read", "failed",
+        "stale", "fallbacks", "",
     )  # fmt: skip
     rows = [
         (
-            link["peer"], link["connector"], f"{link['probed_gb_per_s']:.2f}", _read_speed(link),
-            f"{1e3 * link['mean_read_s']:.3f}", f"{link['reads']}", f"{link['bytes'] / MIB:.1f}",
-            f"{link['failed_reads']}", f"{link['stale_reads']}", f"{link['fallbacks']}",
-            "BELOW ITS FLOOR" if link["below_floor"] else "",
+            link["peer"], link["connector"], *_probe(link), _read_speed(link), f"{1e3 * link['mean_read_s']:.3f}",
+            f"{link['reads']}", f"{link['bytes'] / MIB:.1f}", f"{link['spans'] / max(1, link['reads']):.1f}",
+            f"{link['failed_reads']}", f"{link['stale_reads']}", f"{link['fallbacks']}", _remark(link),
         )
         for link in links
     ]  # fmt: skip
@@ -143,3 +142,16 @@ def link_lines(links: list[dict[str, Any]]) -> list[str]:
 
 def _read_speed(link: dict[str, Any]) -> str:
     return f"{link['bytes'] / link['reading_s'] / 1e9:.2f}" if link["reading_s"] else "-"
+
+
+def _probe(link: dict[str, Any]) -> tuple[str, str]:
+    """Speed and latency; "-" for what was not measured."""
+    gb_per_s, latency_s = link["probed_gb_per_s"], link["probed_latency_s"]
+    return f"{gb_per_s:.2f}" if gb_per_s else "-", f"{1e6 * latency_s:.0f}" if latency_s else "-"
+
+
+def _remark(link: dict[str, Any]) -> str:
+    remarks = [] if link["current"] else ["not in use"]
+    if link["below_floor"]:
+        remarks.append(f"BELOW ITS FLOOR of {link['floor_gb_per_s']:g} GB/s")
+    return ", ".join(remarks)

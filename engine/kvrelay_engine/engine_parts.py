@@ -30,4 +30,5 @@ class EngineParts:
     clock: Clock
     emit: Callable[[Event], None]
     staging: SlotWriter | None = None
+    device: str = "cpu"  # the kind that the pool is on
     synchronize: Callable[[], None] = lambda: None

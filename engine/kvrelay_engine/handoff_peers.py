@@ -16,8 +16,11 @@ from kvrelay_core.clock import Clock
 from kvrelay_core.error_info import info_of
 from kvrelay_core.errors import KvRelayError, TransferError
 from kvrelay_engine.link_health import LinkHealth, is_fault_of_the_way
+from kvrelay_engine.link_reads import LinkRead
+from kvrelay_engine.link_records import LinkRecord, LinkRecords
+from kvrelay_engine.load_messages import LinkLoad
 from kvrelay_engine.messages import Event, PeerConnected, PeerFailed
-from kvrelay_transfer.connectors.base import Connector, PeerInfo, PeerLink
+from kvrelay_transfer.connectors.base import BlockRead, Connector, PeerInfo, PeerLink
 from kvrelay_transfer.connectors.registry import choose
 from kvrelay_transfer.layout import KvLayout
 
@@ -32,19 +35,38 @@ class ActiveLink:
     peer: PeerInfo
     connector: str
     link: PeerLink
+    record: LinkRecord
+    clock: Clock
     is_announced: bool = False  # PeerConnected was sent, the probe being over
+
+    def read(self, read: BlockRead) -> LinkRead:
+        """Posts a read that is counted."""
+        transfer = self.link.read(read)
+        return LinkRead(transfer, read, self.peer.layout.block_bytes, self.record.stats, self.clock)
+
+    def judge(self) -> None:
+        """Takes up what the probe found, when it is over."""
+        if self.record.speed is None or not self.record.is_judged:
+            self.record.judge(self.link.probed_speed())
 
 
 class PeerLinks:
     def __init__(
-        self, layout: KvLayout, connectors: Mapping[str, Connector], clock: Clock, emit: Callable[[Event], None]
+        self,
+        layout: KvLayout,
+        connectors: Mapping[str, Connector],
+        clock: Clock,
+        emit: Callable[[Event], None],
+        *,
+        device: str = "cpu",
     ) -> None:
-        """`connectors` in order of preference."""
+        """`connectors` in order of preference; `device` is the kind that our pool is on."""
         self._layout = layout
         self._connectors = connectors
         self._emit = emit
         self._clock = clock
         self._health = LinkHealth(clock)
+        self.records = LinkRecords(clock, device)
         self._links: dict[str, ActiveLink] = {}
         self._left: list[tuple[float, ActiveLink]] = []  # when to close it
         self.fallbacks = 0
@@ -67,6 +89,7 @@ class PeerLinks:
     def disconnect(self, peer_id: str) -> None:
         self._errors.pop(peer_id, None)
         self._health.forget(peer_id)
+        self.records.forget(peer_id)
         active = self._links.pop(peer_id, None)
         if active is not None:
             active.link.close()
@@ -104,12 +127,15 @@ class PeerLinks:
 
     def poll(self) -> None:
         for peer_id, active in self._links.items():
-            gb_per_s = None if active.is_announced else active.link.probed_gb_per_s()
-            if gb_per_s is not None:
+            active.judge()
+            if not active.is_announced and (speed := active.record.speed) is not None:
                 active.is_announced = True
-                self._emit(PeerConnected(peer_id, active.connector, gb_per_s))
+                self._emit(PeerConnected(peer_id, active.connector, speed.gb_per_s, speed.latency_s))
         while self._left and self._left[0][0] <= self._clock.now():
             self._left.pop(0)[1].link.close()
+
+    def load(self) -> tuple[LinkLoad, ...]:
+        return self.records.links({peer_id: active.connector for peer_id, active in self._links.items()})
 
     def close(self) -> None:
         for peer_id in list(self._links):
@@ -147,6 +173,7 @@ class PeerLinks:
             return
         log.warning("reads from %s by %s fail; they go by %s now", peer_id, connector, other.connector)
         self._replace(active, other)
+        self.records.note_fallback(peer_id, connector)
         self.fallbacks += 1
 
     def _replace(self, active: ActiveLink, other: ActiveLink) -> None:
@@ -164,9 +191,13 @@ class PeerLinks:
                 refusals.append(f"{connector.name}: moves whole blocks only, {self._difference(peer.layout)}")
                 continue
             try:
-                return ActiveLink(peer, connector.name, connector.connect(peer, offer))
+                link = connector.connect(peer, offer)
             except TransferError as error:
                 refusals.append(f"{connector.name}: {error.message}")
+                continue
+            record = self.records.find(peer.peer_id, connector.name)
+            record.speed = None  # this link's own probe is still to come
+            return ActiveLink(peer, connector.name, link, record, self._clock)
         ours = ", ".join(self._connectors) or "none"
         theirs = ", ".join(offer.name for offer in peer.offers) or "none"
         details = "; ".join(refusals) or f"no connector in common (ours: {ours}; the peer's: {theirs})"

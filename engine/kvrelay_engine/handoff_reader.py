@@ -99,8 +99,10 @@ class HandoffReader:
         *,
         model_fingerprint: bytes,
         limits: ReaderLimits | None = None,
+        device: str = "cpu",
     ) -> None:
-        """`connectors` in order of preference. `reserve(sequence, n)` takes n blocks from the pool or none."""
+        """`connectors` in order of preference. `reserve(sequence, n)` takes n blocks from the pool, which is on this
+        kind of `device`, or none."""
         self._pool = pool
         self._layout = layout
         self._model_fingerprint = model_fingerprint
@@ -108,7 +110,7 @@ class HandoffReader:
         self._emit = emit
         self._reserve = reserve
         self._limits = limits or ReaderLimits()
-        self.peers = PeerLinks(layout, connectors, clock, emit)
+        self.peers = PeerLinks(layout, connectors, clock, emit, device=device)
         self._quarantine = Quarantine(int(self._limits.max_quarantined_share * pool.num_blocks))
         self._incoming: dict[int, Incoming] = {}
         grpc = connectors.get(GrpcConnector.name)
@@ -250,6 +252,7 @@ class HandoffReader:
             incoming.verify(read)
         except StaleTicketError:
             self.stale_reads += 1
+            self.peers.records.note_stale(read.peer_id, read.connector)
             raise
         self.handoff_bytes += read.size_bytes
         for block, key in zip(incoming.blocks[before : incoming.num_usable], incoming.keys[before:], strict=False):
@@ -263,7 +266,7 @@ class HandoffReader:
         active = self.peers.find(read.peer_id, incoming.ticket.engine_epoch)
         if active is None or read.is_second_try or incoming.failure is not None or not is_worth_another_try(error):
             raise error
-        incoming.post_again(read, active.connector, active.link.read)
+        incoming.post_again(read, active.connector, active.read)
 
     def _reserve_all(self, incoming: Incoming) -> bool:
         """Our own cached blocks first, the rest from the scheduler; all or nothing."""
@@ -291,7 +294,7 @@ class HandoffReader:
             incoming.waiting_since_s = None
             if active.peer.layout != incoming.ticket.layout:
                 raise MismatchError("the ticket is of another KV layout than its source has")
-            incoming.post(end, active.peer.peer_id, active.connector, active.link.read)
+            incoming.post(end, active.peer.peer_id, active.connector, active.read)
         if incoming.reading_since_s is None:
             incoming.note_reading(self._clock.now())
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from msgspec import Struct
-
 from kvrelay_core.request import (
     AttemptId,
     ChoiceState,
@@ -23,6 +21,7 @@ from kvrelay_core.request import (
     TokenLogprobs,
     Usage,
 )
+from kvrelay_engine.load_messages import Load as Load
 from kvrelay_engine.message_kinds import Command as Command
 from kvrelay_engine.message_kinds import Event as Event
 from kvrelay_engine.prefix_messages import LookupPrefix, PrefixFound, PrefixPulled, PrefixTicket, PrefixWanted
@@ -188,30 +187,6 @@ EngineCommand = (
 # --------------------------------------------------------------------------------------------- events
 
 
-class Load(Struct, frozen=True, kw_only=True):
-    """What the engine holds now. All but blocks_total, blocks_cached and the counters are 0 when idle."""
-
-    requests_waiting: int = 0
-    requests_waiting_remote_kv: int = 0
-    requests_running: int = 0
-    tokens_queued: int = 0
-    blocks_total: int = 0
-    blocks_in_use: int = 0
-    blocks_cached: int = 0
-    blocks_pinned: int = 0
-    blocks_quarantined: int = 0
-    leases: int = 0
-    transfers: int = 0
-    steps: int = 0
-    handoff_bytes: int = 0
-    handoff_s: float = 0.0
-    stale_reads: int = 0
-    expired_leases: int = 0
-    prefix_blocks_pulled: int = 0
-    failed_reads: int = 0
-    fallbacks: int = 0
-
-
 class Started(Event, frozen=True):
     """The engine is ready. First message of a start."""
 
@@ -344,6 +319,7 @@ class PeerConnected(Event, frozen=True):
     peer_id: str
     connector: str
     gb_per_s: float
+    latency_s: float = 0.0  # 0.0: not measured
 
 
 class PeerFailed(Event, frozen=True):

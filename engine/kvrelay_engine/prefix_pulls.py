@@ -245,6 +245,8 @@ class PrefixPulls:
     def _take_in(self, pull: _Pull, read: _PostedRead) -> None:
         """Compares the words that followed the data with the ticket's (PROTOCOL A6): all or nothing."""
         if tuple(read.transfer.words) != read.expected_words:
+            if pull.ticket is not None:
+                self._peers.records.note_stale(pull.ticket.source_address, pull.connector)
             raise StaleTicketError("blocks of the prefix were reused before they were read; nothing of it is used")
         for position in read.positions:
             self._pool.publish(pull.blocks[position], pull.keys[position])
@@ -271,7 +273,7 @@ class PrefixPulls:
         remote = tuple(group.blocks[position] for position in pairs.remote)
         local = tuple(pull.blocks[position] for position in pairs.local)
         words = tuple(group.words[position] for position in pairs.remote)
-        transfer = active.link.read(BlockRead(ticket, group.group, remote, local, pairs.slices))
+        transfer = active.read(BlockRead(ticket, group.group, remote, local, pairs.slices))
         return _PostedRead(tuple(dict.fromkeys(pairs.local)), words, plan.size_bytes(pairs), transfer)
 
     def _timing(self, pull: _Pull) -> HandoffTiming:

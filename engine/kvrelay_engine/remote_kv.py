@@ -43,6 +43,7 @@ class RemoteKv:
         self.reader = HandoffReader(
             parts.pool, parts.layout, parts.connectors, parts.clock, parts.emit, scheduler.reserve_remote,
             model_fingerprint=fingerprint, limits=ReaderLimits(reserve_budget_s=config.reserve_budget_s),
+            device=parts.device,
         )  # fmt: skip
         self.pulls = PrefixPulls(
             parts.pool, parts.layout, cache, self.reader.peers, throughput, parts.clock, parts.emit,

@@ -75,6 +75,7 @@ def build_engine(config: EngineConfig, clock: Clock, emit: Callable[[Event], Non
         clock=clock,
         emit=emit,
         staging=staging,
+        device=memory.device,
         synchronize=_synchronizer(loaded.device),
     )
     engine = Engine(config, parts)

@@ -48,8 +48,12 @@ def test_doctor_asks_a_running_worker(cluster: Cluster) -> None:
     reader = run("doctor", "--target", cluster.address_of("decode", 0))
     assert reader.returncode == 0, reader.stderr
     assert ": decode worker on cpu (" in reader.stdout.splitlines()[0]
-    for line in ("layout: ", "connectors offered: shm", "blocks: ", "hand-offs: ", "links: "):
+    for line in ("layout: ", "connectors offered: shm", "blocks: ", "hand-offs: ", "peer "):
         assert f"\n{line}" in reader.stdout
+    answer = json.loads(run("doctor", "--target", cluster.address_of("decode", 0), "--json").stdout)
+    (link,) = [link for link in answer["load"]["links"] if link["peer"] == cluster.address_of("prefill", 0)]
+    assert (link["connector"], link["current"]) == ("shm", True)
+    assert link["probed_gb_per_s"] > 0 and 0 < link["probed_latency_s"] < 1
     source = json.loads(run("doctor", "--target", cluster.address_of("prefill", 0), "--json").stdout)
     assert source["worker"]["role"] == "prefill"
     assert source["load"]["blocks_total"] > 0

@@ -258,4 +258,8 @@ def _is_dialable(address: str) -> bool:
 
 
 def _log_connected(event: PeerConnected) -> None:
-    log.info("source %s: connector %s, %.1f GB/s", event.peer_id, event.connector, event.gb_per_s)
+    if not event.gb_per_s:
+        log.info("source %s: connector %s, not probed", event.peer_id, event.connector)
+        return
+    latency = f", {1e6 * event.latency_s:.0f} us" if event.latency_s else ""
+    log.info("source %s: connector %s, %.1f GB/s%s", event.peer_id, event.connector, event.gb_per_s, latency)

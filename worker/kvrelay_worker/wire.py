@@ -15,7 +15,8 @@ from kvrelay_core.hashing import HASH_BYTES
 from kvrelay_core.request import ErrorInfo
 from kvrelay_core.rpc import wire as core_wire
 from kvrelay_core.rpc.status import error_from_detail, error_to_detail
-from kvrelay_engine.messages import Load, ReleaseReason
+from kvrelay_engine.load_messages import ConnectorLoad, LinkLoad, Load
+from kvrelay_engine.messages import ReleaseReason
 from kvrelay_transfer.connectors.base import ConnectorOffer, PeerInfo
 from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.ticket import GroupBlocks, KvTicket, LeaseTerms
@@ -173,6 +174,42 @@ def peer_from_wire(peer_id: str, wire: source_pb.ConnectResponse) -> PeerInfo:
     )
 
 
+def link_to_wire(link: LinkLoad) -> worker_pb2.LinkReport:
+    counts = link.counts
+    return worker_pb2.LinkReport(
+        peer=link.peer_id,
+        connector=link.connector,
+        current=link.is_current,
+        probed_gb_per_s=link.probed_gb_per_s,
+        probed_latency_s=link.probed_latency_s,
+        floor_gb_per_s=link.floor_gb_per_s,
+        below_floor=link.is_below_floor,
+        reads=counts.reads,
+        bytes=counts.size_bytes,
+        spans=counts.spans,
+        reading_s=counts.reading_s,
+        mean_read_s=counts.mean_read_s,
+        failed_reads=counts.failed_reads,
+        stale_reads=counts.stale_reads,
+        fallbacks=counts.fallbacks,
+    )
+
+
+def connector_to_wire(load: ConnectorLoad) -> worker_pb2.ConnectorReport:
+    counts = load.counts
+    return worker_pb2.ConnectorReport(
+        connector=load.connector,
+        reads=counts.reads,
+        bytes=counts.size_bytes,
+        spans=counts.spans,
+        reading_s=counts.reading_s,
+        mean_read_s=counts.mean_read_s,
+        failed_reads=counts.failed_reads,
+        stale_reads=counts.stale_reads,
+        fallbacks=counts.fallbacks,
+    )
+
+
 def load_to_wire(load: Load, *, streams: int, tasks: int, draining: bool) -> worker_pb2.WatchLoadResponse:
     return worker_pb2.WatchLoadResponse(
         requests_waiting=load.requests_waiting,
@@ -196,5 +233,7 @@ def load_to_wire(load: Load, *, streams: int, tasks: int, draining: bool) -> wor
         prefix_blocks_pulled=load.prefix_blocks_pulled,
         failed_reads=load.failed_reads,
         fallbacks=load.fallbacks,
+        links=map(link_to_wire, load.links),
+        connectors=map(connector_to_wire, load.connectors),
         tasks=tasks,
     )

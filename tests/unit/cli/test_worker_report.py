@@ -21,6 +21,7 @@ from kvrelay_core.errors import ConfigError, WorkerLostError
 LINK = {
     "peer": "10.0.0.7:50061", "connector": "shm", "probed_gb_per_s": 8.5, "mean_read_s": 0.0125, "reads": 40,
     "bytes": 64 << 20, "reading_s": 0.5, "failed_reads": 1, "stale_reads": 2, "fallbacks": 3, "below_floor": False,
+    "spans": 100, "current": True, "probed_latency_s": 4e-5, "floor_gb_per_s": 1.0,
 }  # fmt: skip
 
 
@@ -60,11 +61,18 @@ def test_a_hand_off_that_took_no_time_has_no_speed() -> None:
 
 
 def test_a_line_for_each_link() -> None:
-    slow = {**LINK, "peer": "10.0.0.8:50061", "connector": "grpc", "reading_s": 0.0, "below_floor": True}
+    slow = {**LINK, "peer": "10.0.0.8:50061", "reading_s": 0.0, "probed_gb_per_s": 0.0, "probed_latency_s": 0.0}
+    slow.update(connector="grpc", below_floor=True, current=False)
     header, first, second = link_lines([LINK, slow])
     assert header.split()[:2] == ["peer", "connector"]
-    assert first.split() == ["10.0.0.7:50061", "shm", "8.50", "0.13", "12.500", "40", "64.0", "1", "2", "3"]
-    assert second.split()[3] == "-" and second.endswith("BELOW ITS FLOOR")
+    speeds = ["8.50", "40", "0.13", "12.500"]
+    assert first.split() == ["10.0.0.7:50061", "shm", *speeds, "40", "64.0", "2.5", "1", "2", "3"]
+    assert second.split()[2:5] == ["-", "-", "-"] and second.endswith("not in use, BELOW ITS FLOOR of 1 GB/s")
+
+
+def test_the_proto_has_what_a_line_shows() -> None:
+    names = {field.name for field in worker_pb2.LinkReport.DESCRIPTOR.fields}
+    assert names == set(LINK)
 
 
 class RouterLike(InferenceServiceServicer):

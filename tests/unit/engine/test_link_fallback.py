@@ -84,6 +84,19 @@ def test_two_failures_in_a_row_and_the_next_connector_carries_the_pair(ways: Two
     assert (ways.reader.peers.fallbacks, ways.reader.peers.failed_reads) == (1, 2)
 
 
+def test_the_load_says_which_connector_was_left(ways: TwoWays) -> None:
+    fail(ways, 2)
+    ways.begin()
+    assert isinstance(ways.land(), HandoffArrived)
+    first, second = ways.reader.peers.load()
+    assert (first.connector, first.is_current, first.counts.fallbacks, first.counts.reads) == ("first", False, 1, 0)
+    assert (second.connector, second.is_current, second.counts.fallbacks, second.counts.reads) == ("second", True, 0, 1)
+    assert [total.counts for total in ways.reader.peers.records.totals()] == [first.counts, second.counts]
+    ways.reader.peers.disconnect(ADDRESS)
+    assert ways.reader.peers.load() == ()
+    assert [total.counts.reads for total in ways.reader.peers.records.totals()] == [0, 1], "totals outlive the peer"
+
+
 def test_a_success_between_forgets_the_failure(ways: TwoWays) -> None:
     for _ in range(5):
         fail(ways, 1)

@@ -179,6 +179,8 @@ def test_a_block_reused_before_the_read_is_not_used(engines: TwoEngines) -> None
     engines.found(ticket)
     assert engines.run() == [sequence]
     assert engines.cached_tokens() == 0 and engines.pulls.stale_reads == 1
+    (link,) = engines.peers.load()
+    assert (link.counts.stale_reads, link.counts.failed_reads) == (1, 0)
     assert engines.pool.num_in_use == 0
 
 

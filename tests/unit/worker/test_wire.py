@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 
+import msgspec
 import pytest
 from fake_engine import LAYOUT
 from hypothesis import given
@@ -13,7 +14,8 @@ from kvrelay.v1 import kv_source_pb2
 from kvrelay_core.error_info import info_of
 from kvrelay_core.errors import InvalidRequestError, PoolExhaustedError
 from kvrelay_core.request import AttemptId
-from kvrelay_engine.messages import Load, ReleaseReason
+from kvrelay_engine.load_messages import ConnectorLoad, LinkLoad, Load, ReadCounts
+from kvrelay_engine.messages import ReleaseReason
 from kvrelay_transfer.ticket import GroupBlocks, KvTicket, LeaseTerms, TicketSigner
 from kvrelay_worker import wire
 
@@ -105,7 +107,30 @@ def test_release_reasons_and_errors_round_trip() -> None:
 
 
 def test_every_count_of_the_load_reaches_the_wire() -> None:
-    counts = {name: number for number, name in enumerate(Load.__struct_fields__, start=1)}
-    message = wire.load_to_wire(Load(**counts), streams=50, tasks=60, draining=True)
+    names = [name for name in Load.__struct_fields__ if name not in ("links", "connectors")]
+    counts = {name: number for number, name in enumerate(names, start=1)}
+    load = msgspec.convert(counts, Load)
+    message = wire.load_to_wire(load, streams=50, tasks=60, draining=True)
     assert {name: getattr(message, name) for name in counts} == counts
     assert (message.streams, message.tasks, message.draining) == (50, 60, True)
+
+
+COUNTS = ReadCounts(
+    reads=1, size_bytes=2, spans=3, reading_s=4.0, mean_read_s=5.0, failed_reads=6, stale_reads=7, fallbacks=8
+)
+
+
+def test_every_count_of_a_link_and_of_a_connector_reaches_the_wire() -> None:
+    link = LinkLoad(
+        peer_id="10.0.0.7:1", connector="shm", is_current=True, probed_gb_per_s=9.0, probed_latency_s=10.0,
+        floor_gb_per_s=11.0, is_below_floor=True, counts=COUNTS,
+    )  # fmt: skip
+    load = Load(links=(link,), connectors=(ConnectorLoad(connector="grpc", counts=COUNTS),))
+    message = wire.load_to_wire(load, streams=0, tasks=0, draining=False)
+    (report,), (total,) = message.links, message.connectors
+    assert (report.peer, report.connector, report.current, report.below_floor) == ("10.0.0.7:1", "shm", True, True)
+    assert (report.probed_gb_per_s, report.probed_latency_s, report.floor_gb_per_s) == (9.0, 10.0, 11.0)
+    assert total.connector == "grpc"
+    for side in (report, total):
+        counts = (side.reads, side.bytes, side.spans, side.reading_s, side.mean_read_s)
+        assert (*counts, side.failed_reads, side.stale_reads, side.fallbacks) == (1, 2, 3, 4.0, 5.0, 6, 7, 8)

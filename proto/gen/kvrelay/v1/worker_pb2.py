@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from kvrelay.v1 import common_pb2 as kvrelay_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kvrelay/v1/worker.proto\x12\nkvrelay.v1\x1a\x17kvrelay/v1/common.proto\"\x11\n\x0f\x44\x65scribeRequest\"\xfd\x02\n\x10\x44\x65scribeResponse\x12%\n\x06worker\x18\x01 \x01(\x0b\x32\x15.kvrelay.v1.WorkerRef\x12\x1e\n\x04role\x18\x02 \x01(\x0e\x32\x10.kvrelay.v1.Role\x12\x14\n\x0c\x65ngine_epoch\x18\x03 \x01(\x0c\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\x0c\x12%\n\x07layouts\x18\x05 \x03(\x0b\x32\x14.kvrelay.v1.KvLayout\x12\x12\n\nnum_blocks\x18\x06 \x01(\r\x12\x15\n\rmax_model_len\x18\x07 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x08 \x01(\r\x12\x1a\n\x12max_batched_tokens\x18\t \x01(\r\x12\x12\n\nvocab_size\x18\n \x01(\r\x12\x12\n\nconnectors\x18\x0b \x03(\t\x12\x18\n\x10software_version\x18\x0c \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\r \x01(\t\x12\x1b\n\x13\x64\x65\x63ode_alone_tokens\x18\x0e \x01(\r\"&\n\x10WatchLoadRequest\x12\x12\n\ninterval_s\x18\x01 \x01(\x01\"\xfb\x03\n\x11WatchLoadResponse\x12\x18\n\x10requests_waiting\x18\x01 \x01(\r\x12\"\n\x1arequests_waiting_remote_kv\x18\x02 \x01(\r\x12\x18\n\x10requests_running\x18\x03 \x01(\r\x12\x15\n\rtokens_queued\x18\x04 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x05 \x01(\r\x12\x15\n\rblocks_in_use\x18\x06 \x01(\r\x12\x15\n\rblocks_cached\x18\x07 \x01(\r\x12\x15\n\rblocks_pinned\x18\x08 \x01(\r\x12\x1a\n\x12\x62locks_quarantined\x18\t \x01(\r\x12\x0e\n\x06leases\x18\n \x01(\r\x12\x11\n\ttransfers\x18\x0b \x01(\r\x12\x0f\n\x07streams\x18\x0c \x01(\r\x12\r\n\x05steps\x18\r \x01(\x04\x12\x10\n\x08\x64raining\x18\x0e \x01(\x08\x12\x15\n\rhandoff_bytes\x18\x0f \x01(\x04\x12\x11\n\thandoff_s\x18\x10 \x01(\x01\x12\x13\n\x0bstale_reads\x18\x11 \x01(\x04\x12\x16\n\x0e\x65xpired_leases\x18\x12 \x01(\x04\x12\r\n\x05tasks\x18\x13 \x01(\r\x12\x1c\n\x14prefix_blocks_pulled\x18\x14 \x01(\x04\x12\x14\n\x0c\x66\x61iled_reads\x18\x16 \x01(\x04\x12\x11\n\tfallbacks\x18\x17 \x01(\x04\"\"\n\x0c\x44rainRequest\x12\x12\n\ndeadline_s\x18\x01 \x01(\x01\"&\n\rDrainResponse\x12\x15\n\rrequests_left\x18\x01 \x01(\r*Q\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02\x12\x10\n\x0cROLE_ENCODER\x10\x03\x32\xe0\x01\n\rWorkerService\x12\x45\n\x08\x44\x65scribe\x12\x1b.kvrelay.v1.DescribeRequest\x1a\x1c.kvrelay.v1.DescribeResponse\x12J\n\tWatchLoad\x12\x1c.kvrelay.v1.WatchLoadRequest\x1a\x1d.kvrelay.v1.WatchLoadResponse0\x01\x12<\n\x05\x44rain\x12\x18.kvrelay.v1.DrainRequest\x1a\x19.kvrelay.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kvrelay/v1/worker.proto\x12\nkvrelay.v1\x1a\x17kvrelay/v1/common.proto\"\x11\n\x0f\x44\x65scribeRequest\"\xfd\x02\n\x10\x44\x65scribeResponse\x12%\n\x06worker\x18\x01 \x01(\x0b\x32\x15.kvrelay.v1.WorkerRef\x12\x1e\n\x04role\x18\x02 \x01(\x0e\x32\x10.kvrelay.v1.Role\x12\x14\n\x0c\x65ngine_epoch\x18\x03 \x01(\x0c\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\x0c\x12%\n\x07layouts\x18\x05 \x03(\x0b\x32\x14.kvrelay.v1.KvLayout\x12\x12\n\nnum_blocks\x18\x06 \x01(\r\x12\x15\n\rmax_model_len\x18\x07 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x08 \x01(\r\x12\x1a\n\x12max_batched_tokens\x18\t \x01(\r\x12\x12\n\nvocab_size\x18\n \x01(\r\x12\x12\n\nconnectors\x18\x0b \x03(\t\x12\x18\n\x10software_version\x18\x0c \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\r \x01(\t\x12\x1b\n\x13\x64\x65\x63ode_alone_tokens\x18\x0e \x01(\r\"&\n\x10WatchLoadRequest\x12\x12\n\ninterval_s\x18\x01 \x01(\x01\"\xd3\x04\n\x11WatchLoadResponse\x12\x18\n\x10requests_waiting\x18\x01 \x01(\r\x12\"\n\x1arequests_waiting_remote_kv\x18\x02 \x01(\r\x12\x18\n\x10requests_running\x18\x03 \x01(\r\x12\x15\n\rtokens_queued\x18\x04 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x05 \x01(\r\x12\x15\n\rblocks_in_use\x18\x06 \x01(\r\x12\x15\n\rblocks_cached\x18\x07 \x01(\r\x12\x15\n\rblocks_pinned\x18\x08 \x01(\r\x12\x1a\n\x12\x62locks_quarantined\x18\t \x01(\r\x12\x0e\n\x06leases\x18\n \x01(\r\x12\x11\n\ttransfers\x18\x0b \x01(\r\x12\x0f\n\x07streams\x18\x0c \x01(\r\x12\r\n\x05steps\x18\r \x01(\x04\x12\x10\n\x08\x64raining\x18\x0e \x01(\x08\x12\x15\n\rhandoff_bytes\x18\x0f \x01(\x04\x12\x11\n\thandoff_s\x18\x10 \x01(\x01\x12\x13\n\x0bstale_reads\x18\x11 \x01(\x04\x12\x16\n\x0e\x65xpired_leases\x18\x12 \x01(\x04\x12\r\n\x05tasks\x18\x13 \x01(\r\x12\x1c\n\x14prefix_blocks_pulled\x18\x14 \x01(\x04\x12\x14\n\x0c\x66\x61iled_reads\x18\x16 \x01(\x04\x12\x11\n\tfallbacks\x18\x17 \x01(\x04\x12%\n\x05links\x18\x18 \x03(\x0b\x32\x16.kvrelay.v1.LinkReport\x12/\n\nconnectors\x18\x19 \x03(\x0b\x32\x1b.kvrelay.v1.ConnectorReport\"\xb1\x02\n\nLinkReport\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12\x11\n\tconnector\x18\x02 \x01(\t\x12\x0f\n\x07\x63urrent\x18\x03 \x01(\x08\x12\x17\n\x0fprobed_gb_per_s\x18\x04 \x01(\x01\x12\x18\n\x10probed_latency_s\x18\x05 \x01(\x01\x12\x16\n\x0e\x66loor_gb_per_s\x18\x06 \x01(\x01\x12\x13\n\x0b\x62\x65low_floor\x18\x07 \x01(\x08\x12\r\n\x05reads\x18\x08 \x01(\x04\x12\r\n\x05\x62ytes\x18\t \x01(\x04\x12\r\n\x05spans\x18\n \x01(\x04\x12\x11\n\treading_s\x18\x0b \x01(\x01\x12\x13\n\x0bmean_read_s\x18\x0c \x01(\x01\x12\x14\n\x0c\x66\x61iled_reads\x18\r \x01(\x04\x12\x13\n\x0bstale_reads\x18\x0e \x01(\x04\x12\x11\n\tfallbacks\x18\x0f \x01(\x04\"\xb7\x01\n\x0f\x43onnectorReport\x12\x11\n\tconnector\x18\x01 \x01(\t\x12\r\n\x05reads\x18\x02 \x01(\x04\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\r\n\x05spans\x18\x04 \x01(\x04\x12\x11\n\treading_s\x18\x05 \x01(\x01\x12\x13\n\x0bmean_read_s\x18\x06 \x01(\x01\x12\x14\n\x0c\x66\x61iled_reads\x18\x07 \x01(\x04\x12\x13\n\x0bstale_reads\x18\x08 \x01(\x04\x12\x11\n\tfallbacks\x18\t \x01(\x04\"\"\n\x0c\x44rainRequest\x12\x12\n\ndeadline_s\x18\x01 \x01(\x01\"&\n\rDrainResponse\x12\x15\n\rrequests_left\x18\x01 \x01(\r*Q\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02\x12\x10\n\x0cROLE_ENCODER\x10\x03\x32\xe0\x01\n\rWorkerService\x12\x45\n\x08\x44\x65scribe\x12\x1b.kvrelay.v1.DescribeRequest\x1a\x1c.kvrelay.v1.DescribeResponse\x12J\n\tWatchLoad\x12\x1c.kvrelay.v1.WatchLoadRequest\x1a\x1d.kvrelay.v1.WatchLoadResponse0\x01\x12<\n\x05\x44rain\x12\x18.kvrelay.v1.DrainRequest\x1a\x19.kvrelay.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvrelay.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=1093
-  _globals['_ROLE']._serialized_end=1174
+  _globals['_ROLE']._serialized_start=1675
+  _globals['_ROLE']._serialized_end=1756
   _globals['_DESCRIBEREQUEST']._serialized_start=64
   _globals['_DESCRIBEREQUEST']._serialized_end=81
   _globals['_DESCRIBERESPONSE']._serialized_start=84
@@ -41,11 +41,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHLOADREQUEST']._serialized_start=467
   _globals['_WATCHLOADREQUEST']._serialized_end=505
   _globals['_WATCHLOADRESPONSE']._serialized_start=508
-  _globals['_WATCHLOADRESPONSE']._serialized_end=1015
-  _globals['_DRAINREQUEST']._serialized_start=1017
-  _globals['_DRAINREQUEST']._serialized_end=1051
-  _globals['_DRAINRESPONSE']._serialized_start=1053
-  _globals['_DRAINRESPONSE']._serialized_end=1091
-  _globals['_WORKERSERVICE']._serialized_start=1177
-  _globals['_WORKERSERVICE']._serialized_end=1401
+  _globals['_WATCHLOADRESPONSE']._serialized_end=1103
+  _globals['_LINKREPORT']._serialized_start=1106
+  _globals['_LINKREPORT']._serialized_end=1411
+  _globals['_CONNECTORREPORT']._serialized_start=1414
+  _globals['_CONNECTORREPORT']._serialized_end=1597
+  _globals['_DRAINREQUEST']._serialized_start=1599
+  _globals['_DRAINREQUEST']._serialized_end=1633
+  _globals['_DRAINRESPONSE']._serialized_start=1635
+  _globals['_DRAINRESPONSE']._serialized_end=1673
+  _globals['_WORKERSERVICE']._serialized_start=1759
+  _globals['_WORKERSERVICE']._serialized_end=1983
 # @@protoc_insertion_point(module_scope)

@@ -163,6 +163,8 @@ class WatchLoadResponse(_message.Message):
     PREFIX_BLOCKS_PULLED_FIELD_NUMBER: _builtins.int
     FAILED_READS_FIELD_NUMBER: _builtins.int
     FALLBACKS_FIELD_NUMBER: _builtins.int
+    LINKS_FIELD_NUMBER: _builtins.int
+    CONNECTORS_FIELD_NUMBER: _builtins.int
     requests_waiting: _builtins.int
     requests_waiting_remote_kv: _builtins.int
     requests_running: _builtins.int
@@ -187,6 +189,14 @@ class WatchLoadResponse(_message.Message):
     failed_reads: _builtins.int
     """Reads that failed on their way, and how often a pair has gone over to another connector for it."""
     fallbacks: _builtins.int
+    @_builtins.property
+    def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___LinkReport]:
+        """One for each peer and each connector that connected to it, until the peer goes or starts anew."""
+
+    @_builtins.property
+    def connectors(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConnectorReport]:
+        """The same counts for each connector since the engine's start, over peers that have gone too."""
+
     def __init__(
         self,
         *,
@@ -212,14 +222,129 @@ class WatchLoadResponse(_message.Message):
         prefix_blocks_pulled: _builtins.int = ...,
         failed_reads: _builtins.int = ...,
         fallbacks: _builtins.int = ...,
+        links: _abc.Iterable[Global___LinkReport] | None = ...,
+        connectors: _abc.Iterable[Global___ConnectorReport] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_cached", b"blocks_cached", "blocks_in_use", b"blocks_in_use", "blocks_pinned", b"blocks_pinned", "blocks_quarantined", b"blocks_quarantined", "blocks_total", b"blocks_total", "draining", b"draining", "expired_leases", b"expired_leases", "failed_reads", b"failed_reads", "fallbacks", b"fallbacks", "handoff_bytes", b"handoff_bytes", "handoff_s", b"handoff_s", "leases", b"leases", "prefix_blocks_pulled", b"prefix_blocks_pulled", "requests_running", b"requests_running", "requests_waiting", b"requests_waiting", "requests_waiting_remote_kv", b"requests_waiting_remote_kv", "stale_reads", b"stale_reads", "steps", b"steps", "streams", b"streams", "tasks", b"tasks", "tokens_queued", b"tokens_queued", "transfers", b"transfers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_cached", b"blocks_cached", "blocks_in_use", b"blocks_in_use", "blocks_pinned", b"blocks_pinned", "blocks_quarantined", b"blocks_quarantined", "blocks_total", b"blocks_total", "connectors", b"connectors", "draining", b"draining", "expired_leases", b"expired_leases", "failed_reads", b"failed_reads", "fallbacks", b"fallbacks", "handoff_bytes", b"handoff_bytes", "handoff_s", b"handoff_s", "leases", b"leases", "links", b"links", "prefix_blocks_pulled", b"prefix_blocks_pulled", "requests_running", b"requests_running", "requests_waiting", b"requests_waiting", "requests_waiting_remote_kv", b"requests_waiting_remote_kv", "stale_reads", b"stale_reads", "steps", b"steps", "streams", b"streams", "tasks", b"tasks", "tokens_queued", b"tokens_queued", "transfers", b"transfers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchLoadResponse: _TypeAlias = WatchLoadResponse  # noqa: Y015
+
+@_typing.final
+class LinkReport(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_FIELD_NUMBER: _builtins.int
+    CONNECTOR_FIELD_NUMBER: _builtins.int
+    CURRENT_FIELD_NUMBER: _builtins.int
+    PROBED_GB_PER_S_FIELD_NUMBER: _builtins.int
+    PROBED_LATENCY_S_FIELD_NUMBER: _builtins.int
+    FLOOR_GB_PER_S_FIELD_NUMBER: _builtins.int
+    BELOW_FLOOR_FIELD_NUMBER: _builtins.int
+    READS_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    SPANS_FIELD_NUMBER: _builtins.int
+    READING_S_FIELD_NUMBER: _builtins.int
+    MEAN_READ_S_FIELD_NUMBER: _builtins.int
+    FAILED_READS_FIELD_NUMBER: _builtins.int
+    STALE_READS_FIELD_NUMBER: _builtins.int
+    FALLBACKS_FIELD_NUMBER: _builtins.int
+    peer: _builtins.str
+    connector: _builtins.str
+    current: _builtins.bool
+    """What the next read goes over."""
+    probed_gb_per_s: _builtins.float
+    """What was measured when the link was opened; 0: not measured."""
+    probed_latency_s: _builtins.float
+    floor_gb_per_s: _builtins.float
+    """Slower than this, something is wrong; 0: there is no floor."""
+    below_floor: _builtins.bool
+    reads: _builtins.int
+    """Reads that brought their blocks, with their bytes and contiguous pieces of memory."""
+    bytes: _builtins.int
+    spans: _builtins.int
+    reading_s: _builtins.float
+    """Time with at least one read under way, and the mean time of a read, as the engine's loop saw them."""
+    mean_read_s: _builtins.float
+    failed_reads: _builtins.int
+    stale_reads: _builtins.int
+    """Of `reads`, those whose blocks had been reused; nothing of them was used."""
+    fallbacks: _builtins.int
+    """How often the pair has left this connector for another one."""
+    def __init__(
+        self,
+        *,
+        peer: _builtins.str = ...,
+        connector: _builtins.str = ...,
+        current: _builtins.bool = ...,
+        probed_gb_per_s: _builtins.float = ...,
+        probed_latency_s: _builtins.float = ...,
+        floor_gb_per_s: _builtins.float = ...,
+        below_floor: _builtins.bool = ...,
+        reads: _builtins.int = ...,
+        bytes: _builtins.int = ...,
+        spans: _builtins.int = ...,
+        reading_s: _builtins.float = ...,
+        mean_read_s: _builtins.float = ...,
+        failed_reads: _builtins.int = ...,
+        stale_reads: _builtins.int = ...,
+        fallbacks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["below_floor", b"below_floor", "bytes", b"bytes", "connector", b"connector", "current", b"current", "failed_reads", b"failed_reads", "fallbacks", b"fallbacks", "floor_gb_per_s", b"floor_gb_per_s", "mean_read_s", b"mean_read_s", "peer", b"peer", "probed_gb_per_s", b"probed_gb_per_s", "probed_latency_s", b"probed_latency_s", "reading_s", b"reading_s", "reads", b"reads", "spans", b"spans", "stale_reads", b"stale_reads"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LinkReport: _TypeAlias = LinkReport  # noqa: Y015
+
+@_typing.final
+class ConnectorReport(_message.Message):
+    """The counts of a LinkReport."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONNECTOR_FIELD_NUMBER: _builtins.int
+    READS_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    SPANS_FIELD_NUMBER: _builtins.int
+    READING_S_FIELD_NUMBER: _builtins.int
+    MEAN_READ_S_FIELD_NUMBER: _builtins.int
+    FAILED_READS_FIELD_NUMBER: _builtins.int
+    STALE_READS_FIELD_NUMBER: _builtins.int
+    FALLBACKS_FIELD_NUMBER: _builtins.int
+    connector: _builtins.str
+    reads: _builtins.int
+    bytes: _builtins.int
+    spans: _builtins.int
+    reading_s: _builtins.float
+    mean_read_s: _builtins.float
+    failed_reads: _builtins.int
+    stale_reads: _builtins.int
+    fallbacks: _builtins.int
+    def __init__(
+        self,
+        *,
+        connector: _builtins.str = ...,
+        reads: _builtins.int = ...,
+        bytes: _builtins.int = ...,
+        spans: _builtins.int = ...,
+        reading_s: _builtins.float = ...,
+        mean_read_s: _builtins.float = ...,
+        failed_reads: _builtins.int = ...,
+        stale_reads: _builtins.int = ...,
+        fallbacks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "connector", b"connector", "failed_reads", b"failed_reads", "fallbacks", b"fallbacks", "mean_read_s", b"mean_read_s", "reading_s", b"reading_s", "reads", b"reads", "spans", b"spans", "stale_reads", b"stale_reads"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConnectorReport: _TypeAlias = ConnectorReport  # noqa: Y015
 
 @_typing.final
 class DrainRequest(_message.Message):

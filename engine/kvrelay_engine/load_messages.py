@@ -1,0 +1,64 @@
+"""What an engine says of its load: part of its messages, see `messages.py`."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+
+class ReadCounts(Struct, frozen=True, kw_only=True):
+    """What was read from other workers over one connector. All of it only goes up."""
+
+    reads: int = 0  # that brought their blocks
+    size_bytes: int = 0  # of these
+    spans: int = 0  # contiguous pieces of memory, of these
+    reading_s: float = 0.0  # with at least one read under way
+    mean_read_s: float = 0.0  # from posting to the poll that saw the end
+    failed_reads: int = 0  # on their way; not what the source refused
+    stale_reads: int = 0  # whose blocks had been reused; they are in `reads` too
+    fallbacks: int = 0  # times that a pair left this connector for another
+
+
+class ConnectorLoad(Struct, frozen=True, kw_only=True):
+    """Since the engine's start, peers that have gone included."""
+
+    connector: str
+    counts: ReadCounts
+
+
+class LinkLoad(Struct, frozen=True, kw_only=True):
+    """One peer over one connector that connected, until the peer goes or starts anew."""
+
+    peer_id: str
+    connector: str
+    is_current: bool  # what the next read goes over
+    probed_gb_per_s: float = 0.0  # 0.0: no probe, or not over
+    probed_latency_s: float = 0.0
+    floor_gb_per_s: float = 0.0  # 0.0: none
+    is_below_floor: bool = False
+    counts: ReadCounts
+
+
+class Load(Struct, frozen=True, kw_only=True):
+    """What the engine holds now. All but blocks_total, blocks_cached and the counters are 0 when idle."""
+
+    requests_waiting: int = 0
+    requests_waiting_remote_kv: int = 0
+    requests_running: int = 0
+    tokens_queued: int = 0
+    blocks_total: int = 0
+    blocks_in_use: int = 0
+    blocks_cached: int = 0
+    blocks_pinned: int = 0
+    blocks_quarantined: int = 0
+    leases: int = 0
+    transfers: int = 0
+    steps: int = 0
+    handoff_bytes: int = 0
+    handoff_s: float = 0.0
+    stale_reads: int = 0
+    expired_leases: int = 0
+    prefix_blocks_pulled: int = 0
+    failed_reads: int = 0
+    fallbacks: int = 0
+    links: tuple[LinkLoad, ...] = ()
+    connectors: tuple[ConnectorLoad, ...] = ()
