@@ -259,12 +259,14 @@ class HandoffReader:
             self._pool.publish(block, key)
 
     def _try_again(self, incoming: Incoming, read: PostedRead, state: TransferState, error: KvRelayError) -> None:
-        """A read that failed on its way is posted once more, perhaps over another connector; else raises the error."""
+        """A read that failed on its way is posted once more, and again whenever the pair has gone over to another
+        connector since; else raises the error."""
         if state is not TransferState.FAILED:
             raise error
         self.peers.note_read(read.peer_id, read.connector, error)
         active = self.peers.find(read.peer_id, incoming.ticket.engine_epoch)
-        if active is None or read.is_second_try or incoming.failure is not None or not is_worth_another_try(error):
+        was_tried_so = read.is_second_try and active is not None and active.connector == read.connector
+        if active is None or was_tried_so or incoming.failure is not None or not is_worth_another_try(error):
             raise error
         incoming.post_again(read, active.connector, active.read)
 

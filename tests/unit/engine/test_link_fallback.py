@@ -159,13 +159,23 @@ def test_a_failed_read_is_posted_once_more_and_the_handoff_arrives(ways: TwoWays
     assert ways.reader.peers.failed_reads == 1
 
 
-def test_a_read_that_fails_twice_breaks_the_handoff(ways: TwoWays) -> None:
+def test_a_dead_way_costs_two_tries_and_not_the_handoff(ways: TwoWays) -> None:
     ways.begin()
-    ways.fail_reads(TransferError("the line broke"))
-    assert ways.poll() is None
-    ways.fail_reads(TransferError("the other line broke"))
+    ways.fail_reads(TransferError("the line is dead"))
+    assert ways.poll() is None and ways.way == "first"
+    ways.fail_reads(TransferError("the line is dead"))
+    assert ways.poll() is None and ways.way == "second"
+    assert isinstance(ways.land(), HandoffArrived)
+
+
+def test_a_read_that_fails_over_every_way_breaks_the_handoff(ways: TwoWays) -> None:
+    ways.begin()
+    for _ in range(2):
+        ways.fail_reads(TransferError("the line is dead"))
+        assert ways.poll() is None
+    ways.fail_reads(TransferError("the other line as well"))
     broken = ways.poll()
-    assert isinstance(broken, HandoffBroken) and broken.error.message == "the other line broke"
+    assert isinstance(broken, HandoffBroken) and broken.error.message == "the other line as well"
 
 
 def test_what_the_source_says_is_no_fault_of_the_way(ways: TwoWays) -> None:
