@@ -185,6 +185,7 @@ def test_a_source_killed_during_a_read_ends_it_at_once(tcp_reader: Reader, start
     assert bool((tcp_reader.memory.block_rows[1:9] == 123).all())
 
 
+@pytest.mark.full
 def test_what_was_read_of_a_source_killed_after_it_stays(reader: Reader, start: Callable[..., OwnerProcess]) -> None:
     owner = start()
     link = reader.connect(owner)

@@ -110,6 +110,7 @@ def test_what_a_library_prints_is_no_answer(tmp_path: Path, monkeypatch: pytest.
     process.close()
 
 
+@pytest.mark.full
 def test_doctor_measures_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """With patience, for the machine may be busy."""
     patient = functools.partial(connector_report.ConnectorSurvey, budget_s=PATIENCE_S)

@@ -73,7 +73,12 @@ async def answer_or_error(client: AsyncClient, prompt: list[int], progress: Prog
 
 @pytest.mark.parametrize(
     ("role", "victim", "after_tokens"),
-    [("prefill", "service", 1), ("prefill", "engine", 1), ("decode", "service", 5), ("decode", "engine", 20)],
+    [
+        ("prefill", "service", 1),
+        pytest.param("prefill", "engine", 1, marks=pytest.mark.full),
+        pytest.param("decode", "service", 5, marks=pytest.mark.full),
+        ("decode", "engine", 20),
+    ],
 )
 async def test_sigkill_in_the_middle(wide: Cluster, model_dir: Path, role: str, victim: str, after_tokens: int) -> None:
     prompts = [make_prompt(VOCAB_SIZE, 400, index) for index in range(4)]

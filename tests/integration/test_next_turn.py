@@ -134,6 +134,7 @@ async def test_another_tenant_gets_nothing_of_it(checkpoint: CheckpointMaker) ->
         cluster.assert_no_leaks()
 
 
+@pytest.mark.full
 async def test_a_holder_that_is_gone_or_hangs_costs_a_wait_and_no_more(checkpoint: CheckpointMaker) -> None:
     model_dir = checkpoint("llama3_scaled")
     flags = {**TWO_PREFILL, "decode": 2, "prefix_wait": 1}

@@ -19,7 +19,7 @@ from oracle import NUM_TOKENS, expected_answers
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 CONNECTORS = ("shm", "grpc")
-# Of these, a sample has one cell.
+# Only the full run has these.
 OPTIONAL_CONNECTORS = ("nixl",)
 # Whole prompts at once in large blocks, and chunks that end inside of small blocks.
 GRAINS = {
@@ -36,7 +36,7 @@ def sampled_cells() -> set[tuple[str, str, str]]:
 
 
 def cells() -> list[object]:
-    sampled = sampled_cells() | {(next(iter(VARIANTS)), connector, "chunked") for connector in OPTIONAL_CONNECTORS}
+    sampled = sampled_cells()
     every = product(VARIANTS, (*CONNECTORS, *OPTIONAL_CONNECTORS), GRAINS)
     return [
         pytest.param(*cell, id="-".join(cell), marks=[] if cell in sampled else [pytest.mark.full]) for cell in every
