@@ -153,9 +153,12 @@ class PeerLinks:
         try:
             other = self._open(active.peer)
         except TransferError:
-            return active
+            other = active
+        for name in rested[: rested.index(other.connector)] if other.connector in rested else rested:
+            self._health.rest(active.peer.peer_id, name)  # it does not even connect
         if other.connector == active.connector:
-            other.link.close()
+            if other is not active:
+                other.link.close()
             return active
         log.info("reads from %s go by %s again", active.peer.peer_id, other.connector)
         self._replace(active, other)
@@ -169,6 +172,7 @@ class PeerLinks:
         try:
             other = self._open(active.peer)
         except TransferError as error:
+            self._health.stay(peer_id, connector)
             log.warning("reads from %s by %s fail, and there is no other way: %s", peer_id, connector, error.message)
             return
         log.warning("reads from %s by %s fail; they go by %s now", peer_id, connector, other.connector)

@@ -230,7 +230,9 @@ class HandoffReader:
         for read in list(incoming.reads):
             state = read.transfer.poll()
             if not state.is_terminal:
-                error = error or read.transfer.error  # it has failed, but is to be quarantined
+                if read.transfer.error is not None:  # it has failed, but is to be quarantined
+                    self.peers.note_read(read.peer_id, read.connector, read.transfer.error)
+                error = error or read.transfer.error
                 continue
             incoming.reads.remove(read)
             try:

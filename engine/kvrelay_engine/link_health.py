@@ -1,8 +1,9 @@
 """Which connectors of which peers are to be left alone for a while, since their reads failed.
 
 Two failed reads in a row, and the connector is left for 30 s; each time that it comes back and fails again, twice as
-long, up to 10 min. A read that succeeds forgets it all. Only what the connector itself did wrong counts: a stale block
-or a refusal by the source says nothing about the way the bytes went. Knows no links.
+long, up to 10 min. A read that succeeds forgets it all. What was posted before the connector was left and ends later
+says nothing new: neither a failure of the same incident nor a success that was lucky. Only what the connector itself
+did wrong counts: a stale block or a refusal by the source says nothing about the way the bytes went. Knows no links.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ LONGEST_REST_S = 600.0
 class _Record:
     num_failures: int = 0  # in a row
     rest_s: float = FIRST_REST_S  # the next one's length
-    rests_until_s: float = 0.0
+    rests_until_s: float = 0.0  # 0.0: it is not left
 
 
 class LinkHealth:
@@ -30,18 +31,31 @@ class LinkHealth:
         self._records: dict[tuple[str, str], _Record] = {}
 
     def note_success(self, peer_id: str, connector: str) -> None:
-        self._records.pop((peer_id, connector), None)
+        record = self._records.get((peer_id, connector))
+        if record is not None and not record.rests_until_s:
+            self.stay(peer_id, connector)
 
     def note_failure(self, peer_id: str, connector: str) -> bool:
         """Whether the connector is to be left now."""
         record = self._records.setdefault((peer_id, connector), _Record())
+        if record.rests_until_s:
+            return False
         record.num_failures += 1
         if record.num_failures < MAX_FAILURES:
             return False
+        self.rest(peer_id, connector)
+        return True
+
+    def rest(self, peer_id: str, connector: str) -> None:
+        """Leaves a connector that has failed before, longer than the last time."""
+        record = self._records[peer_id, connector]
         record.num_failures = 0
         record.rests_until_s = self._clock.now() + record.rest_s
         record.rest_s = min(LONGEST_REST_S, 2 * record.rest_s)
-        return True
+
+    def stay(self, peer_id: str, connector: str) -> None:
+        """It carries the pair, be it for want of another: it begins anew."""
+        self._records.pop((peer_id, connector), None)
 
     def rests(self, peer_id: str, connector: str) -> bool:
         record = self._records.get((peer_id, connector))

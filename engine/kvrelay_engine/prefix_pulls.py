@@ -54,6 +54,7 @@ class _PostedRead:
     expected_words: tuple[int, ...]
     size_bytes: int
     transfer: Transfer
+    connector: str
 
 
 @dataclass(slots=True, eq=False)
@@ -238,15 +239,20 @@ class PrefixPulls:
             if not state.is_terminal:
                 continue
             pull.reads.remove(read)
+            error: KvRelayError | None = None
             if state is not TransferState.DONE:
-                raise read.transfer.error or TransferError(f"the read ended as {state.value}")
+                error = read.transfer.error or TransferError(f"the read ended as {state.value}")
+            if pull.ticket is not None and state is not TransferState.TORN_DOWN:
+                self._peers.note_read(pull.ticket.source_address, read.connector, error)
+            if error is not None:
+                raise error
             self._take_in(pull, read)
 
     def _take_in(self, pull: _Pull, read: _PostedRead) -> None:
         """Compares the words that followed the data with the ticket's (PROTOCOL A6): all or nothing."""
         if tuple(read.transfer.words) != read.expected_words:
             if pull.ticket is not None:
-                self._peers.records.note_stale(pull.ticket.source_address, pull.connector)
+                self._peers.records.note_stale(pull.ticket.source_address, read.connector)
             raise StaleTicketError("blocks of the prefix were reused before they were read; nothing of it is used")
         for position in read.positions:
             self._pool.publish(pull.blocks[position], pull.keys[position])
@@ -274,7 +280,7 @@ class PrefixPulls:
         local = tuple(pull.blocks[position] for position in pairs.local)
         words = tuple(group.words[position] for position in pairs.remote)
         transfer = active.read(BlockRead(ticket, group.group, remote, local, pairs.slices))
-        return _PostedRead(tuple(dict.fromkeys(pairs.local)), words, plan.size_bytes(pairs), transfer)
+        return _PostedRead(tuple(dict.fromkeys(pairs.local)), words, plan.size_bytes(pairs), transfer, active.connector)
 
     def _timing(self, pull: _Pull) -> HandoffTiming:
         reading_s = 0.0 if pull.reading_since_s is None else self._clock.now() - pull.reading_since_s

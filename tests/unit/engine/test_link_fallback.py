@@ -143,6 +143,48 @@ def test_rests_grow_to_a_bound() -> None:
     assert not health.rests("peer", "shm")
 
 
+def test_a_read_that_ends_well_after_its_link_was_left_does_not_end_the_rest(ways: TwoWays) -> None:
+    fail(ways, 2)
+    ways.reader.peers.note_read(ADDRESS, "first", None)
+    assert ways.way == "second"
+    ways.clock.advance(FIRST_REST_S + 1)
+    assert ways.way == "first"
+
+
+def test_the_other_reads_of_one_incident_do_not_lengthen_the_rest(ways: TwoWays) -> None:
+    for _ in range(8):
+        ways.reader.peers.note_read(ADDRESS, "first", TransferError("it broke"))
+    assert ways.way == "second"
+    ways.clock.advance(FIRST_REST_S + 1)
+    assert ways.way == "first"
+
+
+def test_one_that_does_not_connect_after_its_rest_is_tried_again_later(
+    ways: TwoWays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise TransferError("no socket")
+
+    fail(ways, 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(ways.reader.peers._connectors["first"], "connect", refuse)
+        ways.clock.advance(FIRST_REST_S + 1)
+        assert ways.way == "second"
+    assert ways.way == "second", "it rests again, and twice as long"
+    ways.clock.advance(2 * FIRST_REST_S + 1)
+    assert ways.way == "first"
+
+
+def test_a_failed_read_that_cannot_be_stopped_counts_too(ways: TwoWays) -> None:
+    fail(ways, 1)
+    ways.begin()
+    (transfer,) = ways.fabric.pending
+    transfer.error = DeadlineError("too late, and it may still land")
+    assert isinstance(ways.poll(), HandoffBroken)
+    assert transfer.poll() is TransferState.PENDING and ways.reader.num_quarantined > 0
+    assert (ways.way, ways.reader.peers.failed_reads) == ("second", 2)
+
+
 def test_a_restarted_peer_begins_anew(ways: TwoWays) -> None:
     fail(ways, 2)
     peer = ways.reader.peers.find(ADDRESS, ways.side.memory.engine_epoch)

@@ -334,6 +334,7 @@ def test_a_transfer_that_failed_ends_the_pull_and_keeps_what_was_verified(engine
     first.land()
     second.end(TransferState.FAILED, TransferError("the line broke"))
     assert engines.pulls.poll() == [sequence]
+    assert engines.peers.failed_reads == 1
     assert engines.cached_tokens() == UNIT, "three blocks were verified, whole units count"
     engines.fabric.land_all()
     engines.pulls.poll()
