@@ -188,4 +188,5 @@ def test_an_idle_process_needs_less_than_a_hundredth_of_a_core(cluster: Cluster)
     before = {pid: cpu_seconds(pid) for pid in pids}
     time.sleep(IDLE_WINDOW_S)  # what is measured, not waited for
     spent = {pid: cpu_seconds(pid) - before[pid] for pid in pids}
-    assert max(spent.values()) <= 0.01 * IDLE_WINDOW_S, spent
+    tick_s = 1 / os.sysconf("SC_CLK_TCK")  # what the times are counted in
+    assert max(spent.values()) < 0.01 * IDLE_WINDOW_S + tick_s, spent
