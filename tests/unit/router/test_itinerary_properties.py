@@ -229,9 +229,10 @@ class World:
         self.feed(m.PrefillFinished(*key, tuple(tokens)))
 
     def decode_is_through(self, leg: str) -> bool:
-        """Decode had its last word before prefill's own: nobody waits for the ticket."""
+        """Decode had its last word before prefill's own: nobody waits for the ticket, nor is to be found for it."""
         states = {held.key: held for held in self.itinerary.legs}
-        return leg not in self.decode and leg in states and bool(states[leg].ended_at_decode)
+        waits = leg in self.decode or leg in self.placing
+        return not waits and leg in states and bool(states[leg].ended_at_decode)
 
     def first_token(self, choice: ChoiceState) -> FirstToken:
         position = len(choice.committed)
