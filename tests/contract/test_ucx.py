@@ -129,7 +129,7 @@ def test_a_probe_that_is_not_answered_is_over_in_time(bench: UcxBench) -> None:
 
 
 def test_a_connected_pair_rests(bench: UcxBench) -> None:
-    """Under 0.2 % of a core for both sides, keepalives included."""
+    """Under 0.4 % of a core for both sides together, keepalives included."""
     wait_until(lambda: bench.link.probed_gb_per_s() is not None)
     begun_s, used_s = time.monotonic(), time.process_time()
     time.sleep(1.0)
