@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 MAX_IPC_PATH_BYTES = 100  # of a Unix socket address; the system's limit is 107
 EXIT_TIMEOUT_S = 5.0  # from Shutdown to SIGKILL
-LOOK_S = 0.25  # between two looks at the beats
+LOOK_S = 0.25  # between two looks at beats that are overdue
 SILENT_AFTER_S = 2.7  # with the interval between looks, three missed beats as for a reader (PROTOCOL B3)
 # -P: a working directory with a folder named like one of our imports must not be imported.
 ENGINE_COMMAND = (sys.executable, "-P", "-m", "kvrelay_engine.process")
@@ -183,7 +183,7 @@ class EngineClient(EngineLink):
             await asyncio.wait([self._first])
 
     async def _watch_beats(self) -> None:
-        interval_s = min(LOOK_S, self._hung_after_s / 4)
+        """Sleeps until a beat would be overdue; once they are, it looks every `LOOK_S`."""
         self._beat_at_s = self._clock.now()
         was_silent = False
         while True:
@@ -196,8 +196,10 @@ class EngineClient(EngineLink):
             if is_silent and not was_silent:
                 self.declare_silent(silent_s)
             was_silent = is_silent
-            await asyncio.sleep(interval_s)
-            if self._clock.now() - looked_s > 2 * interval_s:
+            overdue_in_s = min(self._silent_after_s, self._hung_after_s) - silent_s
+            sleep_s = LOOK_S if is_silent else max(LOOK_S, overdue_in_s)
+            await asyncio.sleep(sleep_s)
+            if self._clock.now() - looked_s > sleep_s + LOOK_S:
                 self._beat_at_s = self._clock.now()  # it was us who stood still: the beats wait to be read
 
     # --------------------------------------------------------------------------------------------- sockets

@@ -19,6 +19,7 @@ from kvrelay_worker.worker import Worker
 
 MIN_INTERVAL_S = 0.05
 MAX_INTERVAL_S = 3600.0
+REPEAT_S = 5.0  # a report that has not changed
 _ROLES = {"prefill": worker_pb2.ROLE_PREFILL, "decode": worker_pb2.ROLE_DECODE}
 
 
@@ -58,16 +59,25 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     async def WatchLoad(
         self, request: worker_pb2.WatchLoadRequest, context: Context
     ) -> AsyncIterator[worker_pb2.WatchLoadResponse]:
-        """`interval_s` 0 asks for one report; its counts are checked for consistency inside the engine."""
+        """`interval_s` 0 asks for one report; its counts are checked for consistency inside the engine.
+
+        Otherwise a report is sent when it differs from the last one, and every `REPEAT_S` at the latest: an idle
+        worker should not wake its router.
+        """
         interval_s = request.interval_s
         if interval_s == 0:
             yield await self._report(check_integrity=True)
             return
         if not MIN_INTERVAL_S <= interval_s <= MAX_INTERVAL_S:
             raise InvalidRequestError(f"interval_s must be 0 or {MIN_INTERVAL_S:g} to {MAX_INTERVAL_S:g} seconds")
+        sent, repeat_in_s = None, 0.0
         while True:
-            yield await self._report(check_integrity=False)
+            report = await self._report(check_integrity=False)
+            if report != sent or repeat_in_s <= 0:
+                yield report
+                sent, repeat_in_s = report, REPEAT_S
             await asyncio.sleep(interval_s)
+            repeat_in_s -= interval_s
 
     async def Drain(self, request: worker_pb2.DrainRequest, context: Context) -> worker_pb2.DrainResponse:
         """Answers when the drain is over; then the process ends. `deadline_s` 0 takes the configured one."""

@@ -67,12 +67,14 @@ async def test_one_report_checks_the_engines_counts() -> None:
         assert fake.engine.sent_of(messages.GetLoad)[0].check_integrity
 
 
-async def test_reports_come_again_and_again_without_the_check() -> None:
+async def test_only_a_changed_report_comes_again_and_without_the_check() -> None:
     async with running_worker(BareRole) as fake:
         call = stub_of(fake.channel).WatchLoad(pb.WatchLoadRequest(interval_s=0.05))
         await read_one(call)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(next_report := asyncio.ensure_future(call.read())), 0.3)
         fake.engine.reply_load = messages.Load(blocks_total=9, leases=3)
-        assert (await read_one(call)).leases == 3
+        assert (await next_report).leases == 3
         assert not fake.engine.sent_of(messages.GetLoad)[0].check_integrity
         call.cancel()
 

@@ -122,6 +122,9 @@ class WatchLoadRequest(_message.Message):
 
     INTERVAL_S_FIELD_NUMBER: _builtins.int
     interval_s: _builtins.float
+    """0: one report, and the stream ends. Otherwise how often the worker looks; what has not changed is sent again only
+    every 5 s.
+    """
     def __init__(
         self,
         *,
