@@ -1,6 +1,6 @@
 """The relay against `transformers` on the same weights, in one run, on CPU; see bench/README.md.
 
-scripts/bench relay                    a Llama of about 100 M parameters, one thread on each side
+scripts/bench relay                    a Llama of 100 M parameters, one thread on each side
 scripts/bench relay --threads 2 --prompt-tokens 256
 """
 
@@ -27,8 +27,8 @@ from relay_copies import probe_memcpy, probe_shm  # noqa: E402
 from relay_reference import Reference  # noqa: E402
 
 SHAPE: dict[str, Any] = {
-    "architecture": "llama", "num_layers": 12, "hidden_size": 768, "num_heads": 12, "intermediate_size": 2048,
-    "vocab_size": 32_000, "tie_embeddings": True,
+    "architecture": "llama", "num_layers": 12, "hidden_size": 768, "num_heads": 12,
+    "intermediate_size": 2048, "vocab_size": 32_000, "tie_embeddings": True,
 }  # fmt: skip
 CONCURRENT = 8
 HANDOFF_PROMPTS = 8
@@ -38,11 +38,16 @@ HANDOFF_TOKENS = 1024
 def main() -> int:
     args = parse_args()
     with tempfile.TemporaryDirectory(prefix="kvrelay-bench-") as folder:
-        model_dir = make_checkpoint(Path(folder) / "model", **SHAPE)
+        model_dir = make_checkpoint(Path(folder) / "model", num_kv_heads=args.kv_heads, **SHAPE)
         prompts = make_prompts(CONCURRENT, args.prompt_tokens, seed=1)
         result: dict[str, Any] = {
             "provenance": provenance(),
-            "settings": {"threads": args.threads, "prompt_tokens": args.prompt_tokens, "max_tokens": args.max_tokens},
+            "settings": {
+                "threads": args.threads,
+                "kv_heads": args.kv_heads,
+                "prompt_tokens": args.prompt_tokens,
+                "max_tokens": args.max_tokens,
+            },
             "generation": compare_generation(args, model_dir, prompts),
             "handoff_gb_per_s": measure_handoff(args, model_dir),
         }
@@ -55,6 +60,7 @@ def main() -> int:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of transformers and of each engine")
+    parser.add_argument("--kv-heads", type=int, default=4, help="of 12 heads; 3 to 1 as Llama 3.2 3B; 12: no GQA")
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--max-tokens", type=int, default=64)
     return parser.parse_args()
@@ -130,7 +136,7 @@ def open_cluster(args: argparse.Namespace, model_dir: Path, **flags: Any) -> Clu
 def print_result(result: dict[str, Any]) -> None:
     source, settings = result["provenance"], result["settings"]
     print(
-        f"Llama 12 x 768, vocabulary 32 k, float32; "
+        f"Llama 12 x 768, {settings['kv_heads']} KV heads, vocabulary 32 k, float32; "
         f"{settings['prompt_tokens']} tokens in, {settings['max_tokens']} out; "
         f"{settings['threads']} thread(s) a side; {source['cpu']}, {source['cores']} cores; commit {source['commit']}\n"
     )

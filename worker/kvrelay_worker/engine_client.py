@@ -24,6 +24,7 @@ from kvrelay_core.error_info import error_of
 from kvrelay_core.errors import ConfigError, DeadlineError, WorkerLostError
 from kvrelay_engine import messages
 from kvrelay_engine.config import EngineConfig
+from kvrelay_engine.weight_pages import huge_page_environment
 from kvrelay_transfer.copy_tuning import copy_environment
 from kvrelay_worker.engine_link import EngineLink
 from kvrelay_worker.tasks import TaskOwner
@@ -86,7 +87,7 @@ class EngineClient(EngineLink):
             "--config",
             str(path),
             stdin=asyncio.subprocess.DEVNULL,
-            env=copy_environment(os.environ),
+            env=huge_page_environment(copy_environment(os.environ)),
         )
         self._tasks.spawn(self._receive(), "engine events")
         self._tasks.spawn(self._watch_exit(self._process), "engine exit")
