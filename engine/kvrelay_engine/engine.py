@@ -82,7 +82,7 @@ class Engine:
         self._lost: dict[int, float] = {}  # request -> until when it waits for Resume
         self._num_steps = 0
         self._failed_steps = FailedSteps()
-        self._is_draining = False
+        self.is_draining = False  # it was told, for good
         self.load = EngineLoad(parts.pool, self.scheduler, self.source, self.remote_kv)
 
     # ----------------------------------------------------------------------------------------- the loop
@@ -159,7 +159,7 @@ class Engine:
             case messages.GetLoad(call, check_integrity):
                 self._emit(self.load.reply(call, check_integrity, self._num_steps))
             case messages.Drain():
-                self._is_draining = True
+                self.is_draining = True
             case messages.Shutdown():
                 self.close()
             case (
@@ -175,7 +175,7 @@ class Engine:
             self._fail(self._requests[command.id], InternalError(f"two requests with the id {command.id}"))
             return
         try:
-            if self._is_draining:
+            if self.is_draining:
                 raise DrainingError("the worker is draining; place the request elsewhere")
             request = self._intake.build(command, self._clock.now())
             if self.remote_kv.begin(request, command):
@@ -230,7 +230,8 @@ class Engine:
 
     def beat(self) -> None:
         """Tells the service that the loop is alive, what it holds and how far its hand-offs are."""
-        self._emit(messages.Beat(self.load.report(self._num_steps), self.remote_kv.reader.pulled_blocks()))
+        load, pulled = self.load.report(self._num_steps), self.remote_kv.reader.pulled_blocks()
+        self._emit(messages.Beat(load, pulled, self.is_draining))
 
     @property
     def has_requests(self) -> bool:

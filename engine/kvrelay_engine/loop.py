@@ -1,7 +1,8 @@
 """When the engine works and when it sleeps: commands, a step, a beat, and so on until Shutdown.
 
 While there is something to compute the loop never waits; reads under way are polled every half millisecond;
-an idle engine wakes twice a second to beat, and checks its counts once after it has worked.
+an idle engine wakes twice a second to beat, and checks its counts once after it has worked. While it drains it beats
+at once and often.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 from kvrelay_core.clock import Clock
 from kvrelay_core.errors import WorkerLostError
 from kvrelay_engine.engine import Engine
-from kvrelay_engine.messages import Shutdown
+from kvrelay_engine.messages import Drain, Shutdown
 from kvrelay_engine.service_link import ServiceLink
 
 BEAT_S = 0.5
+DRAINING_BEAT_S = 0.05  # the service ends as soon as a beat says that nothing is left
 TRANSFER_POLL_S = 0.0005
 ROOM_POLL_S = 0.002  # requests wait for blocks or pins that others hold
 LEASE_POLL_S = 0.05  # leases, deadlines and time budgets
@@ -36,6 +38,8 @@ class EngineLoop:
                 self._engine.handle(command)
                 if isinstance(command, Shutdown):
                     return
+                if isinstance(command, Drain):
+                    self._next_beat_s = 0.0
             self._has_computed = self._engine.step()
             self._is_unchecked |= self._has_computed
             self._beat_when_due()
@@ -56,7 +60,7 @@ class EngineLoop:
         now_s = self._clock.now()
         if now_s < self._next_beat_s:
             return
-        self._next_beat_s = now_s + BEAT_S
+        self._next_beat_s = now_s + (DRAINING_BEAT_S if self._engine.is_draining else BEAT_S)
         self._engine.beat()
         self._link.check_service()
         if self._is_unchecked and self._engine.is_idle:

@@ -355,10 +355,12 @@ class SlotFree(Event, frozen=True):
 
 class Beat(Event, frozen=True):
     """Sent by the engine loop about every 0.5 s: the proof that it is not hung. `pulled` maps the id of each
-    hand-off in progress to its blocks pulled so far."""
+    hand-off in progress to its blocks pulled so far. With `is_draining` it was sent after Drain was seen, and all
+    commands before it: at once, and from then on every 0.05 s, because the service waits for what is left."""
 
     load: Load
     pulled: dict[int, int]
+    is_draining: bool = False
 
 
 class LoadReply(Event, frozen=True):

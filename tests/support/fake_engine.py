@@ -99,7 +99,8 @@ class FakeEngine(EngineLink):
 
     def beat(self, load: messages.Load | None = None, **pulled: int) -> None:
         """`pulled` maps `r<id>` to the blocks pulled for that request."""
-        self.dispatch(messages.Beat(load or messages.Load(), {int(name[1:]): count for name, count in pulled.items()}))
+        counts = {int(name[1:]): count for name, count in pulled.items()}
+        self.dispatch(messages.Beat(load or messages.Load(), counts, bool(self.sent_of(messages.Drain))))
 
     def die(self) -> None:
         self.declare_lost(WorkerLostError("the engine process exited with code 1"))

@@ -16,7 +16,6 @@ class Drain:
         self._worker = worker
         self._idle = asyncio.Event()
         self._over = asyncio.Event()
-        self._beats = 0
         worker.engine.on(Beat, self._on_beat)
         worker.engine.on_loss(lambda _: self._idle.set())
 
@@ -40,9 +39,6 @@ class Drain:
         return self._worker.num_live_requests
 
     def _on_beat(self, beat: Beat) -> None:
-        if not self._worker.is_draining:
-            return
-        # The first beat may have been on its way before the engine saw its last commands.
-        self._beats += 1
-        if self._beats > 1 and self._worker.is_idle:
+        # Those sent before the engine saw its last commands do not count.
+        if beat.is_draining and self._worker.is_idle:
             self._idle.set()

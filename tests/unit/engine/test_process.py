@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from processes import cpu_seconds
 
 from kvrelay_core.request import FinishReason
 from kvrelay_engine import messages
+from kvrelay_engine.loop import BEAT_S
 
 START_TIMEOUT_S = 60.0
 TIMEOUT_S = 20.0
@@ -116,6 +118,13 @@ def test_it_starts_answers_beats_and_exits_when_told(open_service: Callable[...,
     service.send(messages.GetLoad(4, check_integrity=True))
     reply, _ = service.wait_for(messages.LoadReply)
     assert (reply.call, reply.error, reply.load.blocks_in_use, reply.load.requests_running) == (4, None, 0, 0)
+    told_s = time.monotonic()
+    service.send(messages.Drain())
+    seen = 0
+    while seen < 5:
+        beat, _ = service.wait_for(messages.Beat)
+        seen += beat.is_draining
+    assert time.monotonic() - told_s < 4 * BEAT_S, "a drain waits for the usual beats"
     service.send(messages.Shutdown())
     assert exit_code(service) == 0
 

@@ -103,6 +103,20 @@ async def test_a_drain_waits_for_requests_and_leases_then_the_worker_ends() -> N
         assert await fake.server.run() is ExitCode.OK
 
 
+async def test_beats_from_before_the_engine_saw_the_drain_do_not_end_it() -> None:
+    """It may have been given work that they know nothing of."""
+    async with running_worker(BareRole) as fake:
+        drain = asyncio.ensure_future(stub_of(fake.channel).Drain(pb.DrainRequest(deadline_s=60)))
+        await fake.engine.expect(messages.Drain)
+        for _ in range(3):
+            fake.engine.dispatch(messages.Beat(messages.Load(), {}))
+        fake.engine.beat(messages.Load(requests_running=1))
+        await health_of(fake.channel)
+        assert not drain.done()
+        fake.engine.beat()
+        assert (await drain).requests_left == 0
+
+
 async def test_the_drains_deadline_tells_how_many_are_left() -> None:
     async with running_worker(BareRole) as fake:
         fake.role.live = 2
