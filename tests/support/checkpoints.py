@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from checkpoint_tokenizer import BEGIN_OF_TEXT, END_OF_TEXT, END_OF_TURN, special_token_id, write_tokenizer
@@ -217,35 +217,48 @@ def load_reference(model_dir: Path) -> Any:
     return model
 
 
-def reference_greedy(
-    model_dir: Path, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, min_margin: float = 0.0
-) -> list[list[int]]:
+class ReferenceAnswer(NamedTuple):
+    tokens: list[int]
+    margin: float  # by which the best logit beat the second where they came closest
+
+
+def reference_answers(model_dir: Path, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[ReferenceAnswer]:
     """Greedy continuations by `transformers` `generate` in float32, each of `max_new_tokens`.
 
-    `min_margin`: asserts that the best logit beat the second by that much at every token, i.e. that another
-    order of summation, on another machine, cannot change the answer. Change the prompt where it fails.
+    All prompts are one batch: shorter ones are padded in front, where the attention mask hides it.
     """
     model = load_reference(model_dir)
-    return [_greedy(model, prompt, max_new_tokens, min_margin) for prompt in prompts]
-
-
-def _greedy(model: Any, prompt: Sequence[int], max_new_tokens: int, min_margin: float) -> list[int]:
-    ids = torch.tensor([list(prompt)])
+    length = max(map(len, prompts))
+    ids_BN = torch.tensor([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts])
+    mask_BN = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     with _quiet_transformers(), torch.inference_mode():
         answer = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
+            ids_BN,
+            attention_mask=mask_BN,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             output_logits=True,
             return_dict_in_generate=True,
         )
-    best_two = torch.cat(answer.logits).topk(2).values
-    margin = (best_two[:, 0] - best_two[:, 1]).min().item()
+    best_NB2 = torch.stack(answer.logits).topk(2).values
+    margins: list[float] = (best_NB2[..., 0] - best_NB2[..., 1]).amin(0).tolist()
+    tokens: list[list[int]] = answer.sequences[:, length:].tolist()
+    assert all(len(row) == max_new_tokens for row in tokens)
+    return list(map(ReferenceAnswer, tokens, margins))
+
+
+def reference_greedy(
+    model_dir: Path, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, min_margin: float = 0.0
+) -> list[list[int]]:
+    """The tokens of `reference_answers`.
+
+    `min_margin`: asserts that the best logit beat the second by that much at every token, i.e. that another
+    order of summation, on another machine, cannot change the answer. Change the prompt where it fails.
+    """
+    answers = reference_answers(model_dir, prompts, max_new_tokens)
+    margin = min(answer.margin for answer in answers)
     assert margin >= min_margin, f"two tokens are within {margin:.1e} of each other: choose another prompt"
-    tokens: list[int] = answer.sequences[0, len(prompt) :].tolist()
-    assert len(tokens) == max_new_tokens
-    return tokens
+    return [answer.tokens for answer in answers]
 
 
 def reference_logits(model_dir: Path, tokens: Sequence[int]) -> torch.Tensor:

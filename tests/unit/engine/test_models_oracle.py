@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import VARIANTS, make_variant, reference_greedy
+from checkpoints import VARIANTS, make_variant
 from model_rig import BLOCK_TOKENS, ModelRig, greedy
-from oracle import make_prompt
+from oracle import decisive_prompts
 
 from kvrelay_engine.loader import load_model
 
 NUM_TOKENS = 64
+VOCAB_SIZE = 384
 # One token, one off a block on either side, a whole one, several and a part.
 PROMPT_LENGTHS = (1, BLOCK_TOKENS - 1, BLOCK_TOKENS, BLOCK_TOKENS + 1, 4 * BLOCK_TOKENS, 6 * BLOCK_TOKENS + 5)
 MIN_MARGIN = 1e-4  # between the best two logits of every token: far above what rounding does
@@ -25,24 +26,8 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """A checkpoint, prompts and the expected answers."""
     torch.set_num_threads(1)
     model_dir = make_variant(tmp_path_factory.mktemp("oracle"), request.param)
-    prompts, answers = [], []
-    for length in PROMPT_LENGTHS:
-        prompt, answer = _decisive(model_dir, length)
-        prompts.append(prompt)
-        answers.append(answer)
-    return model_dir, prompts, answers
-
-
-def _decisive(model_dir: Path, length: int) -> tuple[list[int], list[int]]:
-    """A prompt of that length whose answer does not hang on rounding."""
-    for seed in range(20):
-        prompt = make_prompt(384, length, seed)
-        try:
-            [answer] = reference_greedy(model_dir, [prompt], NUM_TOKENS, min_margin=MIN_MARGIN)
-        except AssertionError:
-            continue
-        return prompt, answer
-    raise AssertionError(f"no prompt of {length} tokens has a decisive answer")
+    found = decisive_prompts(model_dir, PROMPT_LENGTHS, NUM_TOKENS, MIN_MARGIN, VOCAB_SIZE)
+    return model_dir, [prompt for prompt, _ in found], [answer for _, answer in found]
 
 
 def test_each_prompt_alone(case: Case) -> None:
