@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,9 @@ from made_checkpoints import CheckpointMaker
 from oracle import make_prompt
 from processes import command_line, descendants
 
+from kvrelay_client import AsyncClient
 from kvrelay_core.errors import UnauthenticatedError, UnavailableError
+from kvrelay_core.rpc.channel import TlsFiles
 
 pytestmark = [pytest.mark.cluster]
 
@@ -85,8 +89,8 @@ def test_roles_are_the_processes_that_one_would_start_by_hand(cluster: Cluster) 
     [
         (("--model", "{folder}/nothing"), "{folder}/nothing"),
         (("--model", "{model}", "--block-tokens", "24"), "block_tokens must be a power of two, not 24"),
-        (("--model", "{model}", "--kv-blocks", "100000000"), "GiB"),
-        (("--model", "{model}", "--device", "cuda:99"), "cuda"),
+        (("--model", "{model}", "--prefill", "0", "--kv-blocks", "100000000"), "GiB"),
+        (("--model", "{model}", "--prefill", "0", "--device", "cuda:99"), "cuda"),
     ],
 )
 def test_up_ends_with_the_message_of_a_role_that_cannot_start(
@@ -101,38 +105,60 @@ def test_up_ends_with_the_message_of_a_role_that_cannot_start(
     assert "Traceback" not in done.stderr
 
 
-async def test_only_holders_of_a_key_are_answered(checkpoint: CheckpointMaker, tmp_path: Path) -> None:
-    keys = tmp_path / "keys"
+@dataclass
+class Guarded:
+    """A cluster that wants a certificate and a key, and what to show it."""
+
+    cluster: Cluster
+    model_dir: Path
+    tls: TlsFiles
+    keys: Path
+
+    def client(self, *, tls: TlsFiles | None, api_key: str | None = "secret-two") -> AsyncClient:
+        return self.cluster.client(tls=tls, api_key=api_key)
+
+    def generate(self, *words: str) -> subprocess.CompletedProcess[str]:
+        flags = ("--tls-cert", str(self.tls.certificate), "--tls-key", str(self.tls.key), "--tls-ca", str(self.tls.ca))
+        request = ("--token-ids", "1,2,3", "--max-tokens", "2", "--json")
+        return run("generate", "--target", self.cluster.target, *request, *flags, *words)
+
+
+@pytest.fixture(scope="module")
+def guarded(checkpoint: CheckpointMaker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+    folder = tmp_path_factory.mktemp("guarded")
+    keys = folder / "keys"
     keys.write_text("secret-one\nsecret-two\n")
-    with Cluster(checkpoint("llama3_scaled"), api_key_file=str(keys)) as cluster:
-        for key in (None, "secret"):
-            async with cluster.client(api_key=key) as client:
-                with pytest.raises(UnauthenticatedError):
-                    await ask_greedy(client, [1, 2, 3], 2)
-        async with cluster.client(api_key="secret-two") as client:
-            assert len(await ask_greedy(client, [1, 2, 3], 2)) == 2
-        words = ("--token-ids", "1,2,3", "--max-tokens", "2", "--json", "--api-key-file", str(keys))
-        assert run("generate", "--target", cluster.target, *words).returncode == 0
-        cluster.assert_no_leaks()
-
-
-async def test_with_tls_only_holders_of_a_certificate_are_answered(checkpoint: CheckpointMaker, tmp_path: Path) -> None:
-    files = CertificateAuthority(tmp_path / "ca").issue("cluster")
-    stranger = CertificateAuthority(tmp_path / "other").issue("stranger")
+    tls = CertificateAuthority(folder / "ca").issue("cluster")
     model_dir = checkpoint("llama3_scaled")
-    with Cluster(model_dir, tls_cert=files.certificate, tls_key=files.key, tls_ca=files.ca) as cluster:
-        for tls in (None, stranger):
-            async with cluster.client(tls=tls) as client:
-                with pytest.raises(UnavailableError):
-                    await ask_greedy(client, [1, 2, 3], 2)
-        prompt = make_prompt(384, 100, 1)
-        async with cluster.client(tls=files) as client:
-            answer = await ask(client, token_ids=prompt, max_tokens=4, temperature=0, ignore_eos=True)
-        assert answer.token_ids == reference_greedy(model_dir, [prompt], 4)[0]
-        assert answer.handoff.blocks_pulled > 0
-        words = ["--tls-cert", str(files.certificate), "--tls-key", str(files.key), "--tls-ca", str(files.ca)]
-        done = run("generate", "--target", cluster.target, "--token-ids", "1,2", "--max-tokens", "2", "--json", *words)
-        assert (done.returncode, len(json.loads(done.stdout)["token_ids"])) == (0, 2), done.stderr
+    with Cluster(model_dir, tls=tls, api_key_file=keys) as cluster:
+        yield Guarded(cluster, model_dir, tls, keys)
+
+
+async def test_only_holders_of_a_key_are_answered(guarded: Guarded) -> None:
+    for key in (None, "secret"):
+        async with guarded.client(tls=guarded.tls, api_key=key) as client:
+            with pytest.raises(UnauthenticatedError):
+                await ask_greedy(client, [1, 2, 3], 2)
+    async with guarded.client(tls=guarded.tls) as client:
+        assert len(await ask_greedy(client, [1, 2, 3], 2)) == 2
+    assert guarded.generate().returncode == 2
+    done = guarded.generate("--api-key-file", str(guarded.keys))
+    assert (done.returncode, len(json.loads(done.stdout)["token_ids"])) == (0, 2), done.stderr
+    guarded.cluster.assert_no_leaks()
+
+
+async def test_with_tls_only_holders_of_a_certificate_are_answered(guarded: Guarded, tmp_path: Path) -> None:
+    stranger = CertificateAuthority(tmp_path / "other").issue("stranger")
+    for tls in (None, stranger):
+        async with guarded.client(tls=tls) as client:
+            with pytest.raises(UnavailableError):
+                await ask_greedy(client, [1, 2, 3], 2)
+    prompt = make_prompt(384, 100, 1)
+    async with guarded.client(tls=guarded.tls) as client:
+        answer = await ask(client, token_ids=prompt, max_tokens=4, temperature=0, ignore_eos=True)
+    assert answer.token_ids == reference_greedy(guarded.model_dir, [prompt], 4)[0]
+    assert answer.handoff.blocks_pulled > 0
+    guarded.cluster.assert_no_leaks()
 
 
 async def test_without_prefill_workers_decode_does_both(checkpoint: CheckpointMaker) -> None:

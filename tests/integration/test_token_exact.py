@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from itertools import product
+from typing import Any
 
 import pytest
 from checkpoints import VARIANTS, reference_greedy
@@ -22,7 +23,7 @@ CONNECTORS = ("shm", "grpc")
 # Only the full run has these.
 OPTIONAL_CONNECTORS = ("nixl",)
 # Whole prompts at once in large blocks, and chunks that end inside of small blocks.
-GRAINS = {
+GRAINS: dict[str, dict[str, Any]] = {
     "whole": {"block_tokens": 64, "max_num_seqs": 16, "max_batched_tokens": 2048},
     "chunked": {"block_tokens": 16, "max_num_seqs": 16, "max_batched_tokens": 40},
 }

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from answers import ask, ask_greedy
+from answers import ask_greedy
 from cluster import Cluster
+from exactness import check_one_by_one
 from made_checkpoints import CheckpointMaker
 from oracle import NUM_TOKENS, expected_answers
 
@@ -28,10 +29,7 @@ async def test_answers_equal_transformers(
     expected = expected_answers(model_dir)
     with Cluster(model_dir, connector="ucx", kv_blocks=640, block_tokens=block_tokens) as cluster:
         async with cluster.client() as client:
-            for prompt, answer in expected:
-                cold = await ask(client, token_ids=prompt, max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)
-                assert tuple(cold.token_ids) == answer, f"prompt of {len(prompt)} tokens"
-                assert (cold.handoff.connector, cold.handoff.size_bytes > 0) == ("ucx", True)
+            await check_one_by_one(client, expected, "ucx")
             answers = await asyncio.gather(
                 *(ask_greedy(client, list(prompt), NUM_TOKENS, "another tenant") for prompt, _ in expected)
             )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from answers import ask
 from cluster import Cluster
+from exactness import check_one_by_one
 from made_checkpoints import CheckpointMaker
-from oracle import NUM_TOKENS, expected_answers
+from oracle import expected_answers
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
@@ -19,9 +19,7 @@ async def test_the_next_connector_carries_the_pair(checkpoint: CheckpointMaker) 
         socket.unlink()
         cluster.wait_restarted("decode", 0, cluster.kill("decode"))
         async with cluster.client() as client:
-            for prompt, answer in expected_answers(model_dir):
-                got = await ask(client, token_ids=prompt, max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)
-                assert tuple(got.token_ids) == answer and got.handoff.connector == "grpc"
+            await check_one_by_one(client, expected_answers(model_dir), "grpc")
         (link,) = [link for link in cluster.load_of("decode").links if link.peer == source]
         assert (link.connector, link.current, link.failed_reads, link.stale_reads) == ("grpc", True, 0, 0)
         assert link.reads > 0 and link.bytes == cluster.load_of("decode").handoff_bytes

@@ -28,6 +28,7 @@ from processes import command_line, descendants, is_alive
 from kvrelay.v1 import worker_pb2 as pb
 from kvrelay.v1.worker_pb2_grpc import WorkerServiceStub
 from kvrelay_client import AsyncClient
+from kvrelay_core.rpc.channel import TlsFiles
 
 START_DEADLINE_S = 90.0
 STOP_DEADLINE_S = 30.0
@@ -42,9 +43,18 @@ HELD = (
 
 class Cluster:
     def __init__(
-        self, model_dir: Path, *, prefill: int = 1, decode: int = 1, **flags: str | int | float | Path
+        self,
+        model_dir: Path,
+        *,
+        prefill: int = 1,
+        decode: int = 1,
+        tls: TlsFiles | None = None,
+        **flags: str | int | float | Path,
     ) -> None:
         """`flags` are those of `kvrelay up`: `block_tokens=16` is `--block-tokens 16`."""
+        self._tls = tls
+        if tls is not None:
+            flags |= {"tls_cert": tls.certificate, "tls_key": tls.key, "tls_ca": tls.ca}
         self.folder = Path(tempfile.mkdtemp(prefix="kvc-", dir="/tmp"))  # short: socket paths are
         self.num_workers = {"prefill": prefill, "decode": decode}
         words = ["--model", str(model_dir), "--prefill", str(prefill), "--decode", str(decode)]
@@ -167,7 +177,7 @@ class Cluster:
         return AsyncClient(self.target, **options)
 
     def describe(self, role: str, index: int = 0) -> pb.DescribeResponse:
-        with grpc.insecure_channel(self.address_of(role, index)) as channel:
+        with self._channel(role, index) as channel:
             return WorkerServiceStub(channel).Describe(pb.DescribeRequest(), timeout=5)
 
     def loads(self) -> dict[str, pb.WatchLoadResponse]:
@@ -179,7 +189,7 @@ class Cluster:
         }
 
     def load_of(self, role: str, index: int = 0) -> pb.WatchLoadResponse:
-        with grpc.insecure_channel(self.address_of(role, index)) as channel:
+        with self._channel(role, index) as channel:
             [load] = WorkerServiceStub(channel).WatchLoad(pb.WatchLoadRequest(interval_s=0), timeout=10)
         return load
 
@@ -204,6 +214,12 @@ class Cluster:
     def _up(self) -> subprocess.Popen[bytes]:
         assert self._process is not None, "use the cluster as a context manager"
         return self._process
+
+    def _channel(self, role: str, index: int) -> grpc.Channel:
+        address = self.address_of(role, index)
+        if self._tls is None:
+            return grpc.insecure_channel(address)
+        return grpc.secure_channel(address, self._tls.channel_credentials())
 
     def _wait_ready(self) -> str:
         def is_ready() -> bool:
