@@ -40,6 +40,13 @@ def wide(model_dir: Path) -> Iterator[Cluster]:
         yield cluster
 
 
+@pytest.fixture(scope="module")
+def lone(model_dir: Path) -> Iterator[Cluster]:
+    """One of each. The last test that uses it ends it."""
+    with Cluster(model_dir, block_tokens=16) as cluster:
+        yield cluster
+
+
 class Progress:
     """How many tokens have come, over all streams; `reached` waits for so many."""
 
@@ -111,21 +118,20 @@ async def check_taken_back(
             assert answers == [expected] * 4
 
 
-async def test_with_the_only_decode_worker_dead_errors_are_typed(model_dir: Path) -> None:
+async def test_with_the_only_decode_worker_dead_errors_are_typed(lone: Cluster) -> None:
     prompt = make_prompt(VOCAB_SIZE, 100, 1)
-    with Cluster(model_dir, block_tokens=16) as cluster:
-        async with cluster.client() as client:
-            expected = await ask_greedy(client, prompt, NUM_TOKENS)
-            old_pid = cluster.kill("decode")
-            got = await answer_or_error(client, prompt, Progress())
-            assert isinstance(got, KvRelayError) or got == expected
-            await asyncio.to_thread(cluster.wait_restarted, "decode", 0, old_pid)
-            async with asyncio.timeout(30):
-                while isinstance(got := await answer_or_error(client, prompt, Progress()), KvRelayError):  # noqa: ASYNC110
-                    await asyncio.sleep(0.2)
-            assert got == expected
-        cluster.assert_no_leaks()
-        assert "decode-0 ended with signal SIGKILL; starting it again in 0.5 s" in cluster.log()
+    async with lone.client() as client:
+        expected = await ask_greedy(client, prompt, NUM_TOKENS)
+        old_pid = lone.kill("decode")
+        got = await answer_or_error(client, prompt, Progress())
+        assert isinstance(got, KvRelayError) or got == expected
+        await asyncio.to_thread(lone.wait_restarted, "decode", 0, old_pid)
+        async with asyncio.timeout(30):
+            while isinstance(got := await answer_or_error(client, prompt, Progress()), KvRelayError):  # noqa: ASYNC110
+                await asyncio.sleep(0.2)
+        assert got == expected
+    lone.assert_no_leaks()
+    assert "decode-0 ended with signal SIGKILL; starting it again in 0.5 s" in lone.log()
 
 
 async def test_a_paused_worker_does_not_fail_requests(wide: Cluster, model_dir: Path) -> None:
@@ -145,20 +151,21 @@ async def test_a_paused_worker_does_not_fail_requests(wide: Cluster, model_dir: 
     wide.assert_no_leaks()
 
 
-async def test_sigterm_lets_running_requests_finish(model_dir: Path) -> None:
+async def test_sigterm_lets_running_requests_finish(lone: Cluster, model_dir: Path) -> None:
     prompt = make_prompt(VOCAB_SIZE, 200, 2)
     [expected] = await asyncio.to_thread(reference_greedy, model_dir, [prompt], NUM_TOKENS)
-    with Cluster(model_dir) as cluster:
-        async with cluster.client() as client:
-            stream = client.generate(token_ids=prompt, max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)
-            tokens: list[int] = []
-            async for event in stream:
-                tokens += getattr(event, "token_ids", ())
-                break
-            os.kill(cluster.up_pid, signal.SIGTERM)
-            async for event in stream:
-                tokens += getattr(event, "token_ids", ())
-        assert tokens == expected
+    everybody = [lone.up_pid, *descendants(lone.up_pid)]
+    async with lone.client() as client:
+        stream = client.generate(token_ids=prompt, max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)
+        tokens: list[int] = []
+        async for event in stream:
+            tokens += getattr(event, "token_ids", ())
+            break
+        os.kill(lone.up_pid, signal.SIGTERM)
+        async for event in stream:
+            tokens += getattr(event, "token_ids", ())
+    assert tokens == expected
+    await asyncio.to_thread(wait_until, lambda: not any(map(is_alive, everybody)), 20, "every process gone")
 
 
 def test_a_second_signal_leaves_nothing_at_once(model_dir: Path) -> None:
