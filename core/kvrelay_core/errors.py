@@ -14,7 +14,8 @@
     ├── HandoffError               ABORTED              the hand-off ended; recompute or place anew
     │   ├── StaleTicketError       DATA_LOSS            a fence word changed: nothing of the read is used
     │   ├── LeaseExpiredError      ABORTED              the pins of the ticket are gone
-    │   └── TransferError          ABORTED              the connector failed
+    │   ├── TransferError          ABORTED              the connector failed
+    │   └── EmbeddingLostError     ABORTED              an image's embedding cannot be had: encode it again
     ├── TicketRejectedError        PERMISSION_DENIED    forged, altered, or of another epoch
     ├── UnauthenticatedError       UNAUTHENTICATED      missing or wrong token
     ├── SupersededError            ALREADY_EXISTS       a higher attempt of the request is known
@@ -97,6 +98,10 @@ class LeaseExpiredError(HandoffError):
 
 class TransferError(HandoffError):
     pass
+
+
+class EmbeddingLostError(HandoffError):
+    """Its metadata `media` is the hex form of the item's content hash."""
 
 
 class TicketRejectedError(KvRelayError):

@@ -67,6 +67,20 @@ class Slo(Struct, frozen=True):
 NO_SLO = Slo()
 
 
+class MediaReference(Struct, frozen=True, array_like=True):
+    """A run of placeholder tokens, and which rows of a media item's embedding they stand for.
+
+    One run for each item, except where a model cuts an item into several (the crops of pan-and-scan): they share
+    `content_hash`, and `first_row` tells them apart.
+    """
+
+    content_hash: bytes  # `media_hash` of the bytes as the client sent them
+    offset: int  # of the first placeholder in the prompt
+    num_tokens: int
+    grid: tuple[int, int, int] = (0, 0, 0)  # patches in time, height, width, before merging; zeros: the family has none
+    first_row: int = 0  # of the item's embedding, that the first placeholder takes
+
+
 class Generation(Struct, frozen=True, kw_only=True):
     """Everything prefill and decode need to know of a request; identical for both.
 
@@ -82,6 +96,7 @@ class Generation(Struct, frozen=True, kw_only=True):
     priority: int = 0
     deadline_s: float | None = None
     slo: Slo = NO_SLO
+    media: tuple[MediaReference, ...] = ()  # by offset, without overlap
 
     @property
     def tokens_to_prefill(self) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import isnan
 
 from kvrelay_core.errors import InvalidRequestError, PoolExhaustedError
+from kvrelay_core.media.references import check_references
 from kvrelay_core.request import ChoiceState, Generation
 from kvrelay_core.sampling_limits import check_sampling
 from kvrelay_engine.config import EngineConfig
@@ -79,7 +80,8 @@ class Intake:
             tokens += generation.choices[0].committed
         self._check_room(len(tokens), request.handoff)
         self._check_choices(generation, request.is_prefill)
-        trunk = Sequence(request, generation.choices[0].index, tokens, self._cache.new_chain(generation.cache_salt))
+        chain = self._cache.new_chain(generation.cache_salt, generation.media)
+        trunk = Sequence(request, generation.choices[0].index, tokens, chain)
         request.sequences = [trunk]
         request.pending_choices = generation.choices
 
@@ -93,6 +95,7 @@ class Intake:
                     f"token ids must be in [0, {self._limits.vocab_size}), the model's vocabulary; "
                     f"the request has ids from {min(tokens)} to {max(tokens)}"
                 )
+        check_references(generation.media, len(generation.prompt))
 
     def _check_choices(self, generation: Generation, is_prefill: bool) -> None:
         choices = generation.choices

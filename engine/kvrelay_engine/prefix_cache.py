@@ -6,8 +6,11 @@ to compute (PROTOCOL A3), and only sealed blocks enter (A2). Knows nothing of sc
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from kvrelay_core.errors import InternalError
 from kvrelay_core.hashing import root_hash
+from kvrelay_core.request import MediaReference
 from kvrelay_engine.block_pool import BlockPool
 from kvrelay_engine.sequence import HashChain, Sequence
 from kvrelay_transfer.layout import KvLayout
@@ -19,9 +22,9 @@ class PrefixCache:
         self._layout = layout
         self._model_fingerprint = model_fingerprint
 
-    def new_chain(self, cache_salt: str) -> HashChain:
-        """The empty hash chain of a sequence of this model and tenant."""
-        return HashChain(root_hash(self._model_fingerprint, cache_salt=cache_salt), self._layout)
+    def new_chain(self, cache_salt: str, media: Iterable[MediaReference] = ()) -> HashChain:
+        """The empty hash chain of a sequence of this model and tenant, that will have `media` among its tokens."""
+        return HashChain(root_hash(self._model_fingerprint, cache_salt=cache_salt), self._layout, media)
 
     def match(self, sequence: Sequence) -> list[int]:
         """Cached blocks that hold the sequence's first tokens. Pins nothing."""

@@ -5,12 +5,14 @@ The scheduler moves them between states; the runner sees only token ids, positio
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from math import inf
 
 from kvrelay_core.hashing import hash_units
-from kvrelay_core.request import AttemptId, ChoiceState, FinishReason, Generation
+from kvrelay_core.media.hash_keys import media_keys
+from kvrelay_core.request import AttemptId, ChoiceState, FinishReason, Generation, MediaReference
 from kvrelay_engine.logit_adjustments import PromptTokens
 from kvrelay_transfer.layout import KvLayout, block_keys
 
@@ -25,15 +27,17 @@ class SequenceState(Enum):
 class HashChain:
     """Unit hashes of a growing token sequence, extended as tokens come."""
 
-    def __init__(self, root: bytes, layout: KvLayout) -> None:
+    def __init__(self, root: bytes, layout: KvLayout, media: Iterable[MediaReference] = ()) -> None:
+        """`media`: of the tokens that will come."""
         self._layout = layout
         self._parent = root
+        self._extra_keys = media_keys(tuple(media), layout.hash_unit_tokens)
         self.unit_hashes: list[bytes] = []
 
     def extend(self, tokens: list[int]) -> None:
         """Hashes the full units of `tokens` that are not hashed yet."""
-        done = len(self.unit_hashes) * self._layout.hash_unit_tokens
-        new = hash_units(self._parent, tokens[done:], self._layout.hash_unit_tokens)
+        num_done, unit_tokens = len(self.unit_hashes), self._layout.hash_unit_tokens
+        new = hash_units(self._parent, tokens[num_done * unit_tokens :], unit_tokens, self._extra_keys[num_done:])
         if new:
             self.unit_hashes += new
             self._parent = new[-1]
@@ -44,14 +48,17 @@ class HashChain:
     def fork(self) -> HashChain:
         """A chain of its own over the same tokens so far."""
         copy = HashChain(self._parent, self._layout)
+        copy._extra_keys = self._extra_keys
         copy.unit_hashes = list(self.unit_hashes)
         return copy
 
     def cover(self, tokens: list[int]) -> bytes:
         """Hashes that every one of `tokens` goes into: of the full units, then of the rest, where there is one."""
         self.extend(tokens)
-        rest = tokens[len(self.unit_hashes) * self._layout.hash_unit_tokens :]
-        return b"".join((*self.unit_hashes, *(hash_units(self._parent, rest, len(rest)) if rest else ())))
+        num_full = len(self.unit_hashes)
+        rest = tokens[num_full * self._layout.hash_unit_tokens :]
+        last = hash_units(self._parent, rest, len(rest), self._extra_keys[num_full:]) if rest else ()
+        return b"".join((*self.unit_hashes, *last))
 
 
 @dataclass(slots=True, eq=False)

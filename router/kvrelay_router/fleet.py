@@ -9,7 +9,8 @@ from typing import Any
 
 from kvrelay_core.errors import InternalError
 from kvrelay_core.hashing import hash_units, root_hash
-from kvrelay_core.request import PrefixHint
+from kvrelay_core.media.hash_keys import media_keys
+from kvrelay_core.request import Generation, PrefixHint
 from kvrelay_router.itinerary_messages import Place, Route
 from kvrelay_router.kv_holders import KvHolders
 from kvrelay_router.placement import Candidate, Candidates, LoadAccount, Placement, RequestView, eligible
@@ -58,20 +59,21 @@ class Fleet:
 
     # ------------------------------------------------------------------------------ where KV was left
 
-    def note_kv(self, worker: str, tokens: Sequence[int], cache_salt: str) -> None:
-        """The decode worker has computed or pulled the KV of `tokens`."""
+    def note_kv(self, worker: str, generation: Generation, tokens: Sequence[int]) -> None:
+        """The decode worker has computed or pulled the KV of `tokens`, the first ones of the request's."""
         session = self.registry.decode.get(worker)
         if session is not None:
-            self._holders.note(worker, _unit_hashes(session, tokens, cache_salt))
+            self._holders.note(worker, _unit_hashes(session, generation, tokens))
 
-    def hint(self, reader: str, tokens: Sequence[int], cache_salt: str) -> PrefixHint | None:
-        """Where `reader`, a worker of either role, may find KV of the beginning of `tokens`."""
+    def hint(self, reader: str, generation: Generation) -> PrefixHint | None:
+        """Where `reader`, a worker of either role, may find KV of the beginning of the request's input."""
         session: WorkerSession[Any] | None = self.registry.prefill.get(reader) or self.registry.decode.get(reader)
         if session is None or not self._holders:
             return None
         decode = self.registry.decode
         found = self._holders.find(
-            _unit_hashes(session, tokens, cache_salt), lambda key: key != reader and key in decode and decode[key].is_up
+            _unit_hashes(session, generation, generation.tokens_to_prefill),
+            lambda key: key != reader and key in decode and decode[key].is_up,
         )
         if found is None:
             return None
@@ -92,7 +94,9 @@ def _unit_tokens(session: WorkerSession[Any]) -> int:
     return layouts[0].hash_unit_tokens if layouts else 0
 
 
-def _unit_hashes(session: WorkerSession[Any], tokens: Sequence[int], cache_salt: str) -> list[bytes]:
-    root = root_hash(session.description.model_fingerprint, cache_salt=cache_salt)
+def _unit_hashes(session: WorkerSession[Any], generation: Generation, tokens: Sequence[int]) -> list[bytes]:
     unit_tokens = _unit_tokens(session)
-    return hash_units(root, tokens, unit_tokens) if unit_tokens else []
+    if not unit_tokens:
+        return []
+    root = root_hash(session.description.model_fingerprint, cache_salt=generation.cache_salt)
+    return hash_units(root, tokens, unit_tokens, media_keys(generation.media, unit_tokens))

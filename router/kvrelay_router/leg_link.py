@@ -88,7 +88,7 @@ class DecodeLink:
         """Remembers what the worker holds of the request, for the next turn or for whoever goes on with it."""
         if self._has_kv:
             for choice in self._choices:
-                fleet.note_kv(self.session.key, self._run.tokens(choice)[:-1], self._run.cache_salt)
+                fleet.note_kv(self.session.key, self._run.generation, self._run.tokens(choice)[:-1])
 
     def on_token(self, choice: int, position: int, token_id: int, logprobs: common_pb2.TokenLogprobs | None) -> None:
         wanted = logprobs is not None and self._run.wants_logprobs
@@ -240,7 +240,7 @@ class LegLink:
             self._decode = link
 
     def _hint(self, reader: str, generation: Generation) -> common_pb2.PrefixHint | None:
-        hint = self._fleet.hint(reader, generation.tokens_to_prefill, generation.cache_salt)
+        hint = self._fleet.hint(reader, generation)
         return None if hint is None else wire.prefix_hint_to_wire(hint)
 
     def _resume_decode(self, action: m.ResumeDecode) -> None:

@@ -199,8 +199,9 @@ class RequestRun:
         return self._identity.trace_parent
 
     @property
-    def cache_salt(self) -> str:
-        return self._request.generation.cache_salt
+    def generation(self) -> Generation:
+        """As the request began: without committed tokens."""
+        return self._request.generation
 
     @property
     def wants_logprobs(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from kvrelay.v1 import common_pb2 as pb
 from kvrelay_core.errors import InvalidRequestError
+from kvrelay_core.media.references import check_references
 from kvrelay_core.request import (
     NO_SLO,
     AttemptId,
@@ -16,6 +17,7 @@ from kvrelay_core.request import (
     FirstToken,
     Generation,
     HandoffTiming,
+    MediaReference,
     PrefixHint,
     SamplingParams,
     Slo,
@@ -116,6 +118,23 @@ def _to_ms(seconds: float | None) -> float | None:
     return None if seconds is None else seconds * 1e3
 
 
+def media_reference_to_wire(reference: MediaReference) -> pb.MediaReference:
+    """Without a ticket: the embedding's whereabouts are no part of what a request is."""
+    t, h, w = reference.grid
+    return pb.MediaReference(
+        content_hash=reference.content_hash,
+        offset=reference.offset,
+        num_tokens=reference.num_tokens,
+        grid=pb.MediaGrid(t=t, h=h, w=w) if any(reference.grid) else None,
+        first_row=reference.first_row,
+    )
+
+
+def media_reference_from_wire(wire: pb.MediaReference) -> MediaReference:
+    grid = (wire.grid.t, wire.grid.h, wire.grid.w)
+    return MediaReference(wire.content_hash, wire.offset, wire.num_tokens, grid, wire.first_row)
+
+
 def generation_to_wire(generation: Generation) -> pb.Generation:
     return pb.Generation(
         prompt_token_ids=generation.prompt,
@@ -127,6 +146,7 @@ def generation_to_wire(generation: Generation) -> pb.Generation:
         priority=generation.priority,
         deadline_s=generation.deadline_s,
         slo=slo_to_wire(generation.slo),
+        media=map(media_reference_to_wire, generation.media),
     )
 
 
@@ -138,6 +158,8 @@ def generation_from_wire(wire: pb.Generation) -> Generation:
         raise InvalidRequestError("several choices with committed tokens; send one request per choice")
     if len({choice.index for choice in choices}) != len(choices):
         raise InvalidRequestError("choices repeat an index; number them apart")
+    media = tuple(map(media_reference_from_wire, wire.media))
+    check_references(media, len(wire.prompt_token_ids))
     return Generation(
         prompt=tuple(wire.prompt_token_ids),
         sampling=sampling_from_wire(wire.sampling),
@@ -148,6 +170,7 @@ def generation_from_wire(wire: pb.Generation) -> Generation:
         priority=wire.priority,
         deadline_s=wire.deadline_s if wire.HasField("deadline_s") else None,
         slo=slo_from_wire(wire.slo),
+        media=media,
     )
 
 

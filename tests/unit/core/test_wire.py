@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from kvrelay.v1 import common_pb2 as pb
 from kvrelay_core.errors import InvalidRequestError
@@ -13,6 +14,7 @@ from kvrelay_core.request import (
     FirstToken,
     Generation,
     HandoffTiming,
+    MediaReference,
     SamplingParams,
     Slo,
     TokenLogprobs,
@@ -43,9 +45,16 @@ SAMPLING = st.builds(
 )
 LOGPROBS = st.builds(TokenLogprobs, FLOAT, st.lists(st.tuples(U32, FLOAT), max_size=3).map(tuple))
 SECONDS = st.integers(0, 10**6).map(lambda milliseconds: milliseconds / 1e3)
+MEDIA = st.builds(MediaReference, st.binary(min_size=32, max_size=32), st.just(0), U32, st.tuples(U32, U32, U32), U32)
+
+
+def behind_each_other(media: list[MediaReference]) -> tuple[MediaReference, ...]:
+    return tuple(replace(item, offset=index, num_tokens=1) for index, item in enumerate(media))
+
+
 GENERATION = st.builds(
     Generation,
-    prompt=st.lists(U32, min_size=1, max_size=9).map(tuple),
+    prompt=st.lists(U32, min_size=3, max_size=9).map(tuple),
     sampling=SAMPLING,
     seed=U64,
     choices=st.builds(ChoiceState, U32, TOKEN_IDS).map(lambda choice: (choice,)),
@@ -54,6 +63,7 @@ GENERATION = st.builds(
     priority=st.integers(-(2**31), 2**31 - 1),
     deadline_s=st.none() | FLOAT,
     slo=st.builds(Slo, st.none() | SECONDS, st.none() | SECONDS),
+    media=st.lists(MEDIA, max_size=3).map(behind_each_other),
 )
 
 
@@ -90,6 +100,8 @@ def test_a_reason_of_a_later_release_is_an_error_not_a_crash() -> None:
             choices=[pb.ChoiceState(index=0, committed_token_ids=[5]), pb.ChoiceState(index=1)],
         ),
         pb.Generation(prompt_token_ids=[1], choices=[pb.ChoiceState(index=0), pb.ChoiceState(index=0)]),
+        pb.Generation(prompt_token_ids=[1], media=[pb.MediaReference(content_hash=b"short", num_tokens=1)]),
+        pb.Generation(prompt_token_ids=[1], media=[pb.MediaReference(content_hash=bytes(32), num_tokens=2)]),
     ],
 )
 def test_malformed_generations_are_refused(message: pb.Generation) -> None:

@@ -339,8 +339,37 @@ class MediaItem(_message.Message):
 Global___MediaItem: _TypeAlias = MediaItem  # noqa: Y015
 
 @_typing.final
+class MediaGrid(_message.Message):
+    """Patches of an image or video, before a model merges some of them into a token."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    T_FIELD_NUMBER: _builtins.int
+    H_FIELD_NUMBER: _builtins.int
+    W_FIELD_NUMBER: _builtins.int
+    t: _builtins.int
+    h: _builtins.int
+    w: _builtins.int
+    def __init__(
+        self,
+        *,
+        t: _builtins.int = ...,
+        h: _builtins.int = ...,
+        w: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["h", b"h", "t", b"t", "w", b"w"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MediaGrid: _TypeAlias = MediaGrid  # noqa: Y015
+
+@_typing.final
 class MediaReference(_message.Message):
-    """A media item as the services refer to it: by content, never by path or name."""
+    """A media item as the services refer to it: by content, never by path or name. An item that a model cuts into
+    several runs of placeholders has a reference for each.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -348,12 +377,20 @@ class MediaReference(_message.Message):
     OFFSET_FIELD_NUMBER: _builtins.int
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
     TICKET_FIELD_NUMBER: _builtins.int
+    GRID_FIELD_NUMBER: _builtins.int
+    FIRST_ROW_FIELD_NUMBER: _builtins.int
     content_hash: _builtins.bytes
     offset: _builtins.int
     """First placeholder position in the prompt, and how many placeholders there are."""
     num_tokens: _builtins.int
+    first_row: _builtins.int
+    """Row of the item's embedding that the first placeholder takes."""
     @_builtins.property
     def ticket(self) -> Global___EmbeddingTicket: ...
+    @_builtins.property
+    def grid(self) -> Global___MediaGrid:
+        """Unset where the model has no use for it."""
+
     def __init__(
         self,
         *,
@@ -361,10 +398,12 @@ class MediaReference(_message.Message):
         offset: _builtins.int = ...,
         num_tokens: _builtins.int = ...,
         ticket: Global___EmbeddingTicket | None = ...,
+        grid: Global___MediaGrid | None = ...,
+        first_row: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ticket", b"ticket"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["grid", b"grid", "ticket", b"ticket"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_hash", b"content_hash", "num_tokens", b"num_tokens", "offset", b"offset", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_hash", b"content_hash", "first_row", b"first_row", "grid", b"grid", "num_tokens", b"num_tokens", "offset", b"offset", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
