@@ -192,8 +192,7 @@ class FakeWorker(ABC, Generic[Call]):
         self.worker_id = worker_id
         self.behaviour = behaviour
         self.fingerprint = b"model"
-        self.block_tokens = 64
-        self.dtype = "float32"
+        self.layout = common_pb2.KvLayout(dtype="float32", num_layers=2, block_tokens=64, hash_unit_tokens=64)
         self.decode_alone_tokens = 0
         self.num_sessions = 0
         self.tls: TlsFiles | None = None
@@ -248,7 +247,7 @@ class FakeWorker(ABC, Generic[Call]):
             role=self.role,
             engine_epoch=self._epoch(),
             model_fingerprint=self.fingerprint,
-            layouts=[common_pb2.KvLayout(dtype=self.dtype, num_layers=2, block_tokens=self.block_tokens)],
+            layouts=[self.layout],
             max_model_len=MAX_MODEL_LEN,
             vocab_size=VOCAB_SIZE,
             decode_alone_tokens=self.decode_alone_tokens,

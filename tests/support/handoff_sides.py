@@ -10,7 +10,7 @@ import torch
 
 from kvrelay_core.clock import ManualClock
 from kvrelay_core.hashing import root_hash
-from kvrelay_core.request import AttemptId, ChoiceState, FirstToken, Generation, SamplingParams
+from kvrelay_core.request import AttemptId, ChoiceState, FirstToken, Generation, MediaReference, SamplingParams
 from kvrelay_engine.block_pool import BlockPool
 from kvrelay_engine.engine_identity import EngineIdentity
 from kvrelay_engine.handoff_source import HandoffSource
@@ -49,11 +49,17 @@ def fill_block(memory: PoolMemory, block: int, seed: int) -> None:
     memory.block_rows[block] = data.to(memory.tensor.device)
 
 
-def make_sequence(tokens: list[int], request_id: int = 1, num_choices: int = 1, layout: KvLayout = LAYOUT) -> Sequence:
+def make_sequence(
+    tokens: list[int],
+    request_id: int = 1,
+    num_choices: int = 1,
+    layout: KvLayout = LAYOUT,
+    media: tuple[MediaReference, ...] = (),
+) -> Sequence:
     choices = tuple(ChoiceState(index) for index in range(num_choices))
-    generation = Generation(prompt=tuple(tokens), sampling=SamplingParams(), seed=0, choices=choices)
+    generation = Generation(prompt=tuple(tokens), sampling=SamplingParams(), seed=0, choices=choices, media=media)
     request = EngineRequest(request_id, AttemptId("router", f"request-{request_id}", 1), generation, True, 0.0)
-    sequence = Sequence(request, 0, list(tokens), HashChain(root_hash(MODEL), layout))
+    sequence = Sequence(request, 0, list(tokens), HashChain(root_hash(MODEL), layout, media))
     request.sequences.append(sequence)
     return sequence
 

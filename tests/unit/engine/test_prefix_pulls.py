@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from kvrelay_core.clock import ManualClock
 from kvrelay_core.errors import LeaseExpiredError, TicketRejectedError, TransferError
-from kvrelay_core.request import PrefixHint
+from kvrelay_core.request import MediaReference, PrefixHint
 from kvrelay_engine.block_pool import BlockPool
 from kvrelay_engine.handoff_peers import PeerLinks
 from kvrelay_engine.messages import Event, FollowAttach, FollowFailed
@@ -54,8 +54,8 @@ class TwoEngines:
             limits=PullLimits(max_read_bytes=3 * LAYOUT.block_bytes, max_quarantined_share=0.5),
         )  # fmt: skip
 
-    def leave_in_cache(self, tokens: list[int]) -> None:
-        sequence = make_sequence(tokens, layout=self.side.layout)
+    def leave_in_cache(self, tokens: list[int], media: tuple[MediaReference, ...] = ()) -> None:
+        sequence = make_sequence(tokens, layout=self.side.layout, media=media)
         ticket = self.side.prefill(sequence)
         sequence.chain.extend(tokens)
         for block, key in zip(ticket.groups[0].blocks, sequence.chain.keys(), strict=False):
@@ -168,6 +168,20 @@ def test_another_tenant_finds_nothing(engines: TwoEngines) -> None:
     assert engines.ask_source() is None
     engines.found(None)
     assert engines.run() == [sequence]
+    engines.check()
+
+
+@pytest.mark.parametrize(("content", "num_units"), [(b"c", 4), (b"d", 1)])
+def test_kv_of_another_picture_is_not_even_offered(engines: TwoEngines, content: bytes, num_units: int) -> None:
+    seen = MediaReference(b"c" * 32, offset=UNIT + 3, num_tokens=6)
+    engines.leave_in_cache(TOKENS, (seen,))
+    sequence = make_sequence(TOKENS, media=(replace(seen, content_hash=content * 32),))
+    assert engines.pulls.begin(sequence, HINT)
+    ticket = engines.ask_source()
+    assert ticket is not None and ticket.num_tokens == num_units * UNIT
+    engines.found(ticket)
+    assert engines.run() == [sequence]
+    assert len(engines.cache.match(sequence)) * LAYOUT.block_tokens == num_units * UNIT
     engines.check()
 
 

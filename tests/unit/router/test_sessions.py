@@ -114,7 +114,7 @@ async def test_a_worker_that_does_not_fit_is_kept_out(
     if difference == "fingerprint":
         odd.fingerprint = b"another model"
     elif difference == "layout":
-        odd.dtype = "bfloat16"
+        odd.layout.dtype = "bfloat16"
     else:
         odd.role = FakePrefill.role
     with caplog.at_level(logging.ERROR):
