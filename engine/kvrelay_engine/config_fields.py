@@ -5,7 +5,7 @@ It knows JSON only, not what the fields mean.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import msgspec
@@ -66,6 +66,12 @@ class ConfigFields:
             raise self._wrong_type(name, "a list of strings", value)
         return value
 
+    def integers(self, name: str, default: Sequence[int] | None = None) -> list[int]:
+        value = self._value(name, default)
+        if not isinstance(value, list | tuple) or not all(type(item) is int for item in value):
+            raise self._wrong_type(name, "a list of integers", value)
+        return list(value)
+
     def section(self, name: str) -> ConfigFields | None:
         value = self._values.get(name)
         if value is None:
@@ -76,6 +82,18 @@ class ConfigFields:
 
     def empty_section(self, name: str) -> ConfigFields:
         return ConfigFields(f"{self.name}: {name}", {})
+
+    def merged(self, inner: ConfigFields) -> ConfigFields:
+        """The same object with the fields of another laid over its own."""
+        return ConfigFields(self.name, {**self._values, **inner._values})
+
+    def replaced(self, **values: object) -> ConfigFields:
+        """The same object with other values; None takes a field away."""
+        return ConfigFields(self.name, {**self._values, **values})
+
+    def with_defaults(self, **values: object) -> ConfigFields:
+        """The same object with values for the fields that it lacks."""
+        return ConfigFields(self.name, {**values, **self._values})
 
     def check_known(self, names: Collection[str]) -> None:
         """Raises ConfigError on a field that would be ignored."""

@@ -65,7 +65,10 @@ def load_model(model: str, dtype: str, device: str, *, max_model_len: int | None
     config = _limit_length(architecture.read_config(fields), max_model_len)
     dtype = _choose_dtype(dtype, config)
     torch_device = _find_device(device)
-    with torch.inference_mode(), WeightReader(directory, DTYPES[dtype], torch_device) as reader:
+    with (
+        torch.inference_mode(),
+        WeightReader(directory, DTYPES[dtype], torch_device, foreign_prefixes=architecture.vision_prefixes) as reader,
+    ):
         check_fits(reader.size_bytes, free_bytes(torch_device), f"the model {model} in {dtype} on {device}")
         weights = architecture.read_weights(reader, config)
         reader.check_complete()

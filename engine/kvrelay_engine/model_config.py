@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import msgspec
 
 from kvrelay_core.errors import ConfigError
-from kvrelay_engine.rope_config import RopeConfig
+from kvrelay_engine.rope_config import MropeConfig, RopeConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,7 @@ class ModelConfig:
     qkv_bias: bool = False
     output_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False
+    mrope: MropeConfig | None = None  # None: a token has one position, not three
 
     def validate(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
@@ -46,6 +47,11 @@ class ModelConfig:
             )
         if self.head_dim < 2 or self.head_dim % 2:
             raise ConfigError(f"config.json: head_dim must be even for RoPE, not {self.head_dim}")
+        if self.mrope is not None and sum(self.mrope.sections) != self.head_dim // 2:
+            raise ConfigError(
+                f"config.json: mrope_section {list(self.mrope.sections)} must add up to {self.head_dim // 2}, "
+                "half of the head size"
+            )
 
     def activation_bytes(self, num_tokens: int, num_logits_rows: int, element_bytes: int) -> int:
         """What a step of that size needs at most beside weights and KV: an estimate on the safe side."""
@@ -56,6 +62,6 @@ class ModelConfig:
 
     def maths_fingerprint_fields(self) -> bytes:
         """Canonical encoding of everything that changes what is computed from the same weight files."""
-        fields = asdict(self)
+        fields = {name: value for name, value in asdict(self).items() if value is not None}
         del fields["max_model_len"], fields["dtype"]
         return msgspec.json.encode(fields, order="deterministic")

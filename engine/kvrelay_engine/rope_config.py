@@ -46,18 +46,35 @@ class RopeConfig:
     truncate: bool = True  # yarn: round the correction range to whole dimensions
 
 
+@dataclass(frozen=True, slots=True)
+class MropeConfig:
+    """Which of a token's three positions turns which dimensions, and what the positions of an image are of."""
+
+    sections: tuple[int, int, int]  # of D / 2 frequencies: those of time, then of height, then of width
+    merge_size: int  # patches, in height and in width, that make one token
+
+
 def read_rope(config: ConfigFields, max_positions: int) -> RopeConfig:
     """Reads the RoPE parameters of a config.json. Raises ConfigError on a type or field that is not supported."""
-    fields = config.section("rope_parameters")
-    if fields is None:
-        fields = config.section("rope_scaling") or config.empty_section("rope_scaling")
-    theta = fields.number("rope_theta", config.number("rope_theta", _DEFAULT_THETA))
+    if config.number("partial_rotary_factor", 1.0) != 1.0:
+        raise ConfigError(f"{config.name}: partial_rotary_factor other than 1 is not supported")
+    return read_rope_section(rope_section(config), config.number("rope_theta", _DEFAULT_THETA), max_positions)
+
+
+def rope_section(config: ConfigFields) -> ConfigFields:
+    """The object of the RoPE parameters, empty where there is none."""
+    return config.section("rope_parameters") or config.section("rope_scaling") or config.empty_section("rope_scaling")
+
+
+def read_rope_section(fields: ConfigFields, default_theta: float, max_positions: int) -> RopeConfig:
+    """The parameters in one such object. Raises as `read_rope` does."""
+    theta = fields.number("rope_theta", default_theta)
     rope_type = fields.text("rope_type", fields.text("type", "default"))
     if rope_type not in ROPE_TYPES:
         raise ConfigError(
             f"{fields.name}: RoPE type {rope_type!r} is not supported; supported are {', '.join(ROPE_TYPES)}"
         )
-    if config.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0)) != 1.0:
+    if fields.number("partial_rotary_factor", 1.0) != 1.0:
         raise ConfigError(f"{fields.name}: partial_rotary_factor other than 1 is not supported")
     fields.check_known(("rope_theta", "rope_type", "type", "partial_rotary_factor", *_KNOWN_FIELDS[rope_type]))
     if rope_type == "llama3":

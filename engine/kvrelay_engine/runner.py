@@ -12,6 +12,14 @@ from typing import Protocol
 import torch
 
 
+@dataclass(frozen=True, slots=True)
+class MediaRows:
+    """Tokens `first : first + n` take these embeddings [n, E] in place of those of their ids."""
+
+    first: int
+    rows: torch.Tensor
+
+
 @dataclass(slots=True)
 class BatchRow:
     """Consecutive tokens of one sequence to be computed in this step."""
@@ -20,6 +28,9 @@ class BatchRow:
     start: int  # position of the first of them; KV of all earlier positions is in the pool
     block_table: Sequence[int]  # covers positions 0 .. start + len(token_ids) - 1
     wants_logits: bool  # of the last token
+    media: Sequence[MediaRows] = ()  # `first` counts from the row's own first token
+    # M-RoPE: time, height and width of each token; None: all three are start, start + 1, ...
+    positions: tuple[Sequence[int], Sequence[int], Sequence[int]] | None = None
 
 
 class Runner(Protocol):

@@ -1,6 +1,7 @@
 """Lays a ragged batch of token ids and block tables out as the flat tensors that the layers read.
 
-All integers of a step go to the device in two copies. It knows nothing of models: only the pool's block size.
+All integers of a step go to the device in two copies, in three where tokens have three positions. It knows nothing
+of models: only the pool's block size.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvrelay_engine.models.layers.step import ModelStep
-from kvrelay_engine.runner import BatchRow
+from kvrelay_engine.runner import BatchRow, MediaRows
 from kvrelay_kernels.attention import AttentionBatch
 
 
@@ -33,7 +34,9 @@ class StepBuilder:
         num_tokens = query_starts[-1]
         token_ids_N, positions_N, slots_N, logits_rows_R = wide.split_with_sizes([num_tokens] * 3 + [len(logits_rows)])
         attention = self._attention_batch(batch, query_starts, context_lens)
-        return ModelStep(token_ids_N, positions_N, slots_N, logits_rows_R, attention)
+        positions_3N = self._mrope_positions(batch, query_starts)
+        media = _place_in_batch(batch, query_starts)
+        return ModelStep(token_ids_N, positions_N, slots_N, logits_rows_R, attention, positions_3N, media)
 
     def _lay_out_tokens(self, batch: Sequence[BatchRow], query_starts: list[int], logits_rows: list[int]) -> Tensor:
         """int64: all token ids, then all positions, all slots, and the rows that want logits."""
@@ -45,16 +48,28 @@ class StepBuilder:
             if len(row.token_ids) == 1:
                 block, offset = divmod(row.start, block_tokens)
                 token_ids_N[first] = row.token_ids[0]
-                positions_N[first] = row.start
+                positions_N[first] = row.start if row.positions is None else row.positions[0][0]
                 slots_N[first] = row.block_table[block] * block_tokens + offset
                 continue
             tokens = slice(first, first + len(row.token_ids))
             token_ids_N[tokens] = row.token_ids
-            positions = np.arange(row.start, row.start + len(row.token_ids))
-            positions_N[tokens] = positions
-            blocks, offsets = np.divmod(positions, block_tokens)
+            indices = np.arange(row.start, row.start + len(row.token_ids))
+            positions_N[tokens] = indices if row.positions is None else row.positions[0]
+            blocks, offsets = np.divmod(indices, block_tokens)
             slots_N[tokens] = np.asarray(row.block_table)[blocks] * block_tokens + offsets
         return torch.from_numpy(flat).to(self._device, non_blocking=True)
+
+    def _mrope_positions(self, batch: Sequence[BatchRow], query_starts: list[int]) -> Tensor | None:
+        """int64 [3, N] on the device; None where every token's three positions are one."""
+        if all(row.positions is None or row.positions[0] == row.positions[1] == row.positions[2] for row in batch):
+            return None
+        positions_3N = np.empty((3, query_starts[-1]), dtype=np.int64)
+        for row, first in zip(batch, query_starts, strict=False):
+            end = first + len(row.token_ids)
+            positions_3N[:, first:end] = (
+                np.arange(row.start, row.start + len(row.token_ids)) if row.positions is None else row.positions
+            )
+        return torch.from_numpy(positions_3N).to(self._device, non_blocking=True)
 
     def _attention_batch(
         self, batch: Sequence[BatchRow], query_starts: list[int], context_lens: list[int]
@@ -79,3 +94,14 @@ class StepBuilder:
             query_starts_B1=starts_B1,
             context_lens_B=lens_B,
         )
+
+
+def _place_in_batch(batch: Sequence[BatchRow], query_starts: list[int]) -> list[MediaRows]:
+    """The rows' media, counted from the first token of the batch."""
+    placed = []
+    for row, first in zip(batch, query_starts, strict=False):
+        for item in row.media:
+            end = item.first + len(item.rows)
+            assert 0 <= item.first < end <= len(row.token_ids), "media rows lie outside the tokens of their row"
+            placed.append(MediaRows(first + item.first, item.rows))
+    return placed

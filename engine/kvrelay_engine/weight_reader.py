@@ -30,8 +30,13 @@ _NAMES_SHOWN = 8
 class WeightReader:
     """A context manager; `files` is what it reads, sorted."""
 
-    def __init__(self, directory: Path, dtype: torch.dtype, device: torch.device) -> None:
-        """Opens every file. Raises ConfigError where one is missing or malformed."""
+    def __init__(
+        self, directory: Path, dtype: torch.dtype, device: torch.device, *, foreign_prefixes: tuple[str, ...] = ()
+    ) -> None:
+        """Opens every file. Tensors with a foreign prefix are another's to read: they are as if not there.
+
+        Raises ConfigError where a file is missing or malformed.
+        """
         self.files = weight_files(directory)
         self._dtype = dtype
         self._device = device
@@ -43,7 +48,8 @@ class WeightReader:
         try:
             for path in self.files:
                 handle = self._stack.enter_context(_open(path))
-                self._handle_of.update(dict.fromkeys(handle.keys(), handle))
+                own = {name: handle for name in handle.keys() if not name.startswith(foreign_prefixes)}  # noqa: SIM118
+                self._handle_of.update(own)
         except ConfigError:
             self._stack.close()
             raise
@@ -58,7 +64,7 @@ class WeightReader:
 
     @property
     def size_bytes(self) -> int:
-        """Of all tensors of the checkpoint in the wanted dtype."""
+        """Of all tensors of the checkpoint, but foreign ones, in the wanted dtype."""
         shapes: list[list[int]] = [handle.get_slice(name).get_shape() for name, handle in self._handle_of.items()]
         return sum(map(prod, shapes)) * self._dtype.itemsize
 
@@ -75,6 +81,9 @@ class WeightReader:
         for part, name in zip(out.split_with_sizes(list(rows)), names, strict=True):
             self._read_into(part, name)
         return out
+
+    def has(self, name: str) -> bool:
+        return name in self._handle_of
 
     def ignore(self, name: str) -> None:
         """The tensor may be there and is not needed."""

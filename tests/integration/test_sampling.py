@@ -46,7 +46,7 @@ async def test_the_same_tokens_alone_in_a_batch_and_with_more_decode_workers(
     async with cluster.client() as client:
         alone = await sample_all(client, together=False)
         assert await sample_all(client, together=True) == alone
-    with Cluster(model_dir, decode=2, placement="round_robin", block_tokens=64, max_num_seqs=32) as wider:
+    with Cluster(model_dir, decode=3, placement="round_robin", block_tokens=64, max_num_seqs=32) as wider:
         async with wider.client() as client:
             assert await sample_all(client, together=True) == alone
             assert await sample_all(client, together=False) == alone

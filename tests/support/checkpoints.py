@@ -126,9 +126,9 @@ def make_checkpoint(
         shape["attention_bias"] = attention_bias
     if architecture == "llama":
         shape["mlp_bias"] = mlp_bias
-    with _quiet_transformers():
+    with quiet_transformers():
         model = _build_model(architecture, shape)
-        _draw_parameters(model, seed)
+        draw_parameters(model, seed)
         total_bytes = sum(p.numel() for p in model.parameters()) * dtype.itemsize
         shard_bytes = 10**15 if shards == 1 else math.ceil(total_bytes / shards) + 1
         model.to(dtype).save_pretrained(directory, max_shard_size=shard_bytes)
@@ -150,7 +150,7 @@ def _build_model(architecture: str, shape: dict[str, Any]) -> Any:
     return model_class(config_class(**shape)).eval()
 
 
-def _draw_parameters(model: Any, seed: int) -> None:
+def draw_parameters(model: Any, seed: int) -> None:
     """Scales each matrix by its inputs, so that no parameter is without influence on the logits."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -163,7 +163,7 @@ def _draw_parameters(model: Any, seed: int) -> None:
                 # A key bias acts only through RoPE: it must be large to matter.
                 deviation = 1.5 if name.endswith("k_proj.bias") else 0.3
                 parameter.normal_(0.0, deviation, generator=generator)
-            elif name == "lm_head.weight" or name == "model.embed_tokens.weight":
+            elif name.endswith(("lm_head.weight", "embed_tokens.weight")):
                 parameter.normal_(0.0, 3.0 / math.sqrt(parameter.shape[-1]), generator=generator)
             elif name.endswith(("o_proj.weight", "down_proj.weight")):
                 # Outweigh the embedding in the residual: a model with tied embeddings would repeat its input.
@@ -194,7 +194,7 @@ def _write_generation_config(directory: Path, vocab_size: int) -> None:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars, and no notes about a tiny model's unusual configuration on stderr."""
     import transformers
 
@@ -211,7 +211,7 @@ def load_reference(model_dir: Path) -> Any:
     """The `transformers` model in float32 on the CPU, whose `generate` does not stop at an end-of-text token."""
     import transformers
 
-    with _quiet_transformers():
+    with quiet_transformers():
         model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None
     return model
@@ -231,7 +231,7 @@ def reference_answers(model_dir: Path, prompts: Sequence[Sequence[int]], max_new
     length = max(map(len, prompts))
     ids_BN = torch.tensor([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts])
     mask_BN = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    with _quiet_transformers(), torch.inference_mode():
+    with quiet_transformers(), torch.inference_mode():
         answer = model.generate(
             ids_BN,
             attention_mask=mask_BN,

@@ -11,11 +11,30 @@ from pathlib import Path
 
 import torch
 
+from kvrelay_core.media.mrope import MropePositions
 from kvrelay_engine.loader import LoadedModel, load_model
 from kvrelay_engine.model_runner import ModelRunner
-from kvrelay_engine.runner import BatchRow
+from kvrelay_engine.runner import BatchRow, MediaRows
 
 BLOCK_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class PlacedImage:
+    """Its embeddings [n, E] take the places of the tokens from `offset` on; `grid` is in patches, for M-RoPE."""
+
+    offset: int
+    rows: torch.Tensor
+    grid: tuple[int, int, int] = (0, 0, 0)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.rows)
+
+    def within(self, start: int, end: int) -> MediaRows | None:
+        """What of it lies in the tokens `start : end`, counted from there."""
+        first, last = max(start, self.offset), min(end, self.offset + self.num_tokens)
+        return MediaRows(first - start, self.rows[first - self.offset : last - self.offset]) if first < last else None
 
 
 @dataclass
@@ -24,6 +43,8 @@ class RigSequence:
     block_table: list[int]
     num_prompt: int
     num_computed: int = 0
+    images: Sequence[PlacedImage] = ()
+    positions: MropePositions | None = None
 
     @property
     def generated(self) -> list[int]:
@@ -38,6 +59,7 @@ class ModelRig:
     pool: torch.Tensor = field(init=False)
     runner: ModelRunner = field(init=False)
     free_blocks: list[int] = field(init=False)
+    logits: torch.Tensor = field(init=False)  # of the last step
 
     def __post_init__(self) -> None:
         layout = self.loaded.kv_layout(self.block_tokens, 64)
@@ -49,10 +71,13 @@ class ModelRig:
         ascending = list(range(1, self.num_blocks))
         self.free_blocks = [ascending.pop(-1 if index % 2 else 0) for index in range(len(ascending))]
 
-    def add(self, prompt: Sequence[int], num_tokens: int) -> RigSequence:
+    def add(self, prompt: Sequence[int], num_tokens: int, images: Sequence[PlacedImage] = ()) -> RigSequence:
         """A sequence with blocks for the prompt and `num_tokens` more."""
         num_blocks = -(-(len(prompt) + num_tokens) // self.block_tokens)
-        return RigSequence(list(prompt), [self.free_blocks.pop() for _ in range(num_blocks)], len(prompt))
+        blocks = [self.free_blocks.pop() for _ in range(num_blocks)]
+        mrope = self.loaded.config.mrope
+        positions = MropePositions.of(len(prompt), images, mrope.merge_size) if mrope and images else None
+        return RigSequence(list(prompt), blocks, len(prompt), images=images, positions=positions)
 
     def generate(self, sequences: Sequence[RigSequence], num_tokens: int, chunk_tokens: int = 10_000) -> None:
         """Steps until each has `num_tokens` new tokens. Sequences whose prompt is done decode beside chunks of
@@ -65,12 +90,21 @@ class ModelRig:
         for sequence in sequences:
             chunk = sequence.tokens[sequence.num_computed :][:chunk_tokens]
             is_last = sequence.num_computed + len(chunk) == len(sequence.tokens)
-            rows.append(BatchRow(chunk, sequence.num_computed, sequence.block_table, is_last))
+            rows.append(self._row(sequence, chunk, is_last))
             sequence.num_computed += len(chunk)
-        best = iter(self.runner.run(rows).argmax(-1).tolist())
+        self.logits = self.runner.run(rows)
+        best = iter(self.logits.argmax(-1).tolist())
         for sequence, row in zip(sequences, rows, strict=True):
             if row.wants_logits:
                 sequence.tokens.append(next(best))
+
+    def _row(self, sequence: RigSequence, chunk: list[int], is_last: bool) -> BatchRow:
+        start, end = sequence.num_computed, sequence.num_computed + len(chunk)
+        row = BatchRow(chunk, start, sequence.block_table, is_last)
+        row.media = [media for image in sequence.images if (media := image.within(start, end))]
+        if sequence.positions is not None:
+            row.positions = sequence.positions.between(start, end)
+        return row
 
 
 def greedy(

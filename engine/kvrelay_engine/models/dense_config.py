@@ -8,7 +8,7 @@ from __future__ import annotations
 from kvrelay_core.errors import ConfigError
 from kvrelay_engine.config_fields import ConfigFields
 from kvrelay_engine.model_config import ModelConfig
-from kvrelay_engine.rope_config import max_context, read_rope
+from kvrelay_engine.rope_config import RopeConfig, max_context, read_rope
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -21,8 +21,11 @@ def read_dense_config(
     qkv_bias: bool = False,
     output_bias: bool = False,
     mlp_bias: bool = False,
+    rope: RopeConfig | None = None,
 ) -> ModelConfig:
-    """Raises ConfigError naming the field that is missing, malformed or not supported."""
+    """`rope` is what the architecture has read itself, None: as most write it.
+
+    Raises ConfigError naming the field that is missing, malformed or not supported."""
     _refuse_unsupported(fields)
     hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     if num_heads < 1:
@@ -33,7 +36,7 @@ def read_dense_config(
             "and there is no head_dim"
         )
     max_positions = fields.integer("max_position_embeddings")
-    rope = read_rope(fields, max_positions)
+    rope = rope or read_rope(fields, max_positions)
     config = ModelConfig(
         architecture=architecture,
         vocab_size=fields.integer("vocab_size"),

@@ -17,12 +17,14 @@ from kvrelay_engine.weight_reader import WeightReader
 ReadAttention = Callable[[WeightReader, ModelConfig, str], AttentionWeights]
 
 
-def read_decoder(reader: WeightReader, config: ModelConfig, read_attention: ReadAttention) -> DecoderWeights:
+def read_decoder(
+    reader: WeightReader, config: ModelConfig, read_attention: ReadAttention, model_prefix: str = "model"
+) -> DecoderWeights:
     """`read_attention(reader, config, prefix)` reads the attention of the layer whose tensors have that prefix."""
     vocabulary = (config.vocab_size, config.hidden_size)
     layers = []
     for index in range(config.num_layers):
-        prefix = f"model.layers.{index}"
+        prefix = f"{model_prefix}.layers.{index}"
         layers.append(
             LayerWeights(
                 input_norm_E=reader.read(f"{prefix}.input_layernorm.weight", (config.hidden_size,)),
@@ -34,9 +36,9 @@ def read_decoder(reader: WeightReader, config: ModelConfig, read_attention: Read
     if config.tie_embeddings:
         reader.ignore("lm_head.weight")
     return DecoderWeights(
-        embedding_VE=reader.read("model.embed_tokens.weight", vocabulary),
+        embedding_VE=reader.read(f"{model_prefix}.embed_tokens.weight", vocabulary),
         layers=layers,
-        norm_E=reader.read("model.norm.weight", (config.hidden_size,)),
+        norm_E=reader.read(f"{model_prefix}.norm.weight", (config.hidden_size,)),
         output_VE=None if config.tie_embeddings else reader.read("lm_head.weight", vocabulary),
     )
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from kvrelay_core.errors import ConfigError
 from kvrelay_engine.config_fields import ConfigFields
 from kvrelay_engine.model_config import ModelConfig
-from kvrelay_engine.models import llama, qwen2, qwen3
+from kvrelay_engine.models import llama, qwen2, qwen2_5_vl, qwen3
 from kvrelay_engine.models.layers.decoder import Decoder, DecoderWeights
 from kvrelay_engine.weight_reader import WeightReader
 
@@ -23,6 +23,7 @@ class Architecture:
     read_config: Callable[[ConfigFields], ModelConfig]
     read_weights: Callable[[WeightReader, ModelConfig], DecoderWeights]
     build: Callable[[ModelConfig, DecoderWeights], Decoder]
+    vision_prefixes: tuple[str, ...] = ()  # of tensors that are the encoder's, not read here
 
 
 ARCHITECTURES = {
@@ -36,6 +37,13 @@ ARCHITECTURES = {
         ),
         Architecture(
             qwen3.config.ARCHITECTURE, qwen3.config.read_config, qwen3.weights.read_weights, qwen3.model.build
+        ),
+        Architecture(
+            qwen2_5_vl.config.ARCHITECTURE,
+            qwen2_5_vl.config.read_config,
+            qwen2_5_vl.weights.read_weights,
+            qwen2_5_vl.model.build,
+            qwen2_5_vl.weights.VISION_PREFIXES,
         ),
     )
 }

@@ -13,6 +13,7 @@ from checkpoints import make_checkpoint, make_variant
 from model_rig import greedy
 from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
+from vl_checkpoints import make_qwen_vl
 
 from kvrelay_core.errors import ConfigError
 from kvrelay_engine import loader
@@ -101,6 +102,17 @@ def test_a_tied_model_ignores_an_output_projection(tmp_path: Path) -> None:
     before = greedy(tied, [PROMPT], 8)
     alter(tied, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(384, 64)}))
     assert greedy(tied, [PROMPT], 8) == before
+
+
+def test_the_tower_of_a_vision_language_model_is_not_there_and_all_else_is_checked(tmp_path: Path) -> None:
+    model_dir = make_qwen_vl(tmp_path / "qwen_vl")
+    before = load_model(str(model_dir), "float32", "cpu")
+    alter(model_dir, lambda tensors: tensors.update({"visual.unheard_of": torch.zeros(1000, 1000)}))
+    after = load_model(str(model_dir), "float32", "cpu")
+    assert after.weight_bytes == before.weight_bytes
+    alter(model_dir, lambda tensors: tensors.update({"visuals.weight": torch.zeros(2), "audio.w": torch.zeros(2)}))
+    with pytest.raises(ConfigError, match=r"unexpected: audio\.w, visuals\.weight$"):
+        load_model(str(model_dir), "float32", "cpu")
 
 
 def test_no_weights(copy: Path) -> None:

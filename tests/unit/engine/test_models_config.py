@@ -11,7 +11,7 @@ import pytest
 from kvrelay_core.errors import ConfigError
 from kvrelay_engine.loader import read_config
 from kvrelay_engine.model_config import ModelConfig
-from kvrelay_engine.rope_config import RopeConfig
+from kvrelay_engine.rope_config import MropeConfig, RopeConfig
 
 Json = dict[str, Any]
 
@@ -80,6 +80,38 @@ QWEN3_0_6B: Json = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
+# The published file: flat, but for the tower.
+QWEN2_5_VL_7B: Json = {
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "vision_token_id": 151654,
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "initializer_range": 0.02,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 128000,
+    "max_window_layers": 28,
+    "model_type": "qwen2_5_vl",
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vision_config": {"depth": 32, "hidden_act": "silu", "hidden_size": 1280, "spatial_merge_size": 2},
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "vocab_size": 152064,
+}
 YARN: Json = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 
 
@@ -118,6 +150,40 @@ def test_qwen3_head_dim_is_its_own(tmp_path: Path) -> None:
     config = parse(tmp_path, QWEN3_0_6B)
     assert (config.head_dim, config.hidden_size, config.num_heads) == (128, 1024, 16)
     assert not config.qkv_bias
+
+
+def nested(config: Json) -> Json:
+    """As transformers 5 writes it: the text model's fields in an object of their own."""
+    outer = ("architectures", "image_token_id", "model_type", "tie_word_embeddings", "vision_config")
+    text = {name: value for name, value in config.items() if name not in (*outer, "torch_dtype")}
+    text["rope_parameters"] = {**text.pop("rope_scaling"), "rope_theta": text.pop("rope_theta")}
+    text["rope_parameters"].update(rope_type="default", type="default")
+    text["model_type"] = "qwen2_5_vl_text"
+    return {name: config[name] for name in outer} | {"dtype": config["torch_dtype"], "text_config": text}
+
+
+def test_qwen2_5_vl_flat_and_nested(tmp_path: Path) -> None:
+    config = parse(tmp_path, QWEN2_5_VL_7B)
+    assert parse(tmp_path, nested(QWEN2_5_VL_7B)) == config
+    assert config.mrope == MropeConfig((16, 24, 24), 2)
+    assert (config.rope, config.head_dim, config.max_model_len) == (RopeConfig("default", 1_000_000.0), 128, 128000)
+    assert (config.qkv_bias, config.output_bias, config.dtype, config.hidden_size) == (True, False, "bfloat16", 3584)
+
+
+def test_qwen2_5_vl_scaled_and_tied(tmp_path: Path) -> None:
+    scaling = {**YARN, "mrope_section": [16, 24, 24]}
+    config = parse(tmp_path, {**QWEN2_5_VL_7B, "rope_scaling": scaling, "tie_word_embeddings": True})
+    assert config.tie_embeddings
+    assert (config.rope.rope_type, config.max_model_len) == ("yarn", 131072)
+    assert config.mrope == MropeConfig((16, 24, 24), 2)
+
+
+def test_the_maths_of_mrope_are_in_the_fingerprint_and_leave_that_of_others_alone(tmp_path: Path) -> None:
+    plain = parse(tmp_path, QWEN2_5_7B)
+    assert b"mrope" not in plain.maths_fingerprint_fields()
+    other = {**QWEN2_5_VL_7B, "rope_scaling": {"type": "mrope", "mrope_section": [24, 24, 16]}}
+    fields = [parse(tmp_path, config).maths_fingerprint_fields() for config in (QWEN2_5_VL_7B, other)]
+    assert fields[0] != fields[1]
 
 
 @pytest.mark.parametrize("scaling", [LLAMA_3_2_1B["rope_scaling"], YARN, {"rope_type": "linear", "factor": 2.0}, None])
@@ -177,6 +243,12 @@ def test_absent_fields_have_the_defaults_of_transformers(tmp_path: Path) -> None
         (LLAMA_3_2_1B, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         (QWEN2_5_7B, {"use_sliding_window": True}, "use_sliding_window true is not supported"),
         (QWEN3_0_6B, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types sliding_attention"),
+        (QWEN2_5_VL_7B, {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24]}}, "mrope_section must be three"),
+        (QWEN2_5_VL_7B, {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 8]}}, "must add up to 64"),
+        (QWEN2_5_VL_7B, {"rope_scaling": {"type": "mrope", "mrope_section": "16"}}, "must be a list of integers"),
+        (QWEN2_5_VL_7B, {"vision_config": {"spatial_merge_size": 0}}, "spatial_merge_size must be at least 1"),
+        (QWEN2_5_VL_7B, {"use_sliding_window": True}, "use_sliding_window true is not supported"),
+        (QWEN2_5_7B, {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}, "RoPE type 'mrope'"),
         (QWEN3_0_6B, {"layer_types": "full_attention"}, "layer_types must be a list of strings"),
     ],
 )

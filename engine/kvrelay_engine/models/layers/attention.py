@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvrelay_engine.model_config import ModelConfig
 from kvrelay_engine.models.layers.linear import make_linear
+from kvrelay_engine.models.layers.rope import RopeRows
 from kvrelay_engine.models.layers.step import ModelStep
 from kvrelay_kernels.attention import paged_attention
 from kvrelay_kernels.kv_cache import write_kv
@@ -27,21 +28,20 @@ class AttentionWeights:
 class Attention:
     """Causal grouped-query attention with RoPE."""
 
-    def __init__(self, config: ModelConfig, weights: AttentionWeights, cos_sin_PD: Tensor) -> None:
+    def __init__(self, config: ModelConfig, weights: AttentionWeights) -> None:
         self._head_dim = config.head_dim
         self._heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         self._scale = config.head_dim**-0.5
-        self._cos_sin_PD = cos_sin_PD
         self._project_qkv = make_linear(weights.qkv_OE, weights.qkv_bias_O)
         self._project_output = make_linear(weights.output_EQ, weights.output_bias_E)
 
-    def __call__(self, x_NE: Tensor, step: ModelStep, layer_pool: Tensor) -> Tensor:
+    def __call__(self, x_NE: Tensor, step: ModelStep, rope: RopeRows, layer_pool: Tensor) -> Tensor:
         """[N, E]. Writes the tokens' keys and values into `layer_pool` [num_blocks, 2, K, T, D] first."""
         num_tokens = x_NE.shape[0]
         qkv_NHD = self._project_qkv(x_NE).view(num_tokens, -1, self._head_dim)
         q_NHD, k_NKD, v_NKD = qkv_NHD.split_with_sizes(self._heads, dim=1)
         q_NHD, k_NKD = self.normalise(q_NHD, k_NKD)
-        q_NHD, k_NKD = apply_rope(q_NHD, k_NKD, step.positions_N, self._cos_sin_PD)
+        q_NHD, k_NKD = apply_rope(q_NHD, k_NKD, rope.rows_N, rope.cos_sin_PD)
         write_kv(k_NKD, v_NKD, layer_pool, step.slots_N)
         out_NHD = paged_attention(q_NHD, layer_pool, step.attention, self._scale)
         return self._project_output(out_NHD.reshape(num_tokens, -1))

@@ -15,8 +15,9 @@ from torch import Tensor
 from kvrelay_engine.model_config import ModelConfig
 from kvrelay_engine.models.layers.attention import Attention, AttentionWeights
 from kvrelay_engine.models.layers.linear import Linear, TiedLinear, make_linear
+from kvrelay_engine.models.layers.media import place_media
 from kvrelay_engine.models.layers.mlp import GatedMlp, MlpWeights
-from kvrelay_engine.models.layers.rope import rope_table
+from kvrelay_engine.models.layers.rope import Rope, rope_table
 from kvrelay_engine.models.layers.step import ModelStep
 from kvrelay_kernels.norm import add_rms_norm, rms_norm
 
@@ -48,13 +49,14 @@ class DecoderLayer:
 class Decoder:
     def __init__(self, config: ModelConfig, weights: DecoderWeights, attention_class: type[Attention]) -> None:
         """Takes the weights over: some are repacked."""
-        cos_sin_PD = rope_table(config.rope, config.head_dim, config.max_model_len, weights.norm_E.device)
+        table_PD = rope_table(config.rope, config.head_dim, config.max_model_len, weights.norm_E.device)
+        self._rope = Rope(table_PD, config.mrope)
         self._eps = config.rms_norm_eps
         self._first_norm_E = weights.layers[0].input_norm_E
         next_norms_E = [*(layer.input_norm_E for layer in weights.layers[1:]), weights.norm_E]
         self._layers = [
             DecoderLayer(
-                attention_class(config, layer.attention, cos_sin_PD),
+                attention_class(config, layer.attention),
                 layer.mlp_norm_E,
                 GatedMlp(layer.mlp),
                 next_norm_E,
@@ -74,10 +76,12 @@ class Decoder:
 
     def __call__(self, step: ModelStep, layer_pools: Sequence[Tensor]) -> Tensor:
         """Logits [R, V] in the model's dtype. `layer_pools[i]` is layer i's part of the pool."""
+        rope = self._rope.rows(step)
         residual_NE = F.embedding(step.token_ids_N, self._embedding_VE)
+        place_media(step.media, residual_NE)
         x_NE = rms_norm(residual_NE, self._first_norm_E, self._eps)
         for layer, layer_pool in zip(self._layers, layer_pools, strict=True):
-            x_NE = layer.attention(x_NE, step, layer_pool)
+            x_NE = layer.attention(x_NE, step, rope, layer_pool)
             x_NE, residual_NE = add_rms_norm(x_NE, residual_NE, layer.mlp_norm_E, self._eps)
             x_NE = layer.mlp(x_NE)
             x_NE, residual_NE = add_rms_norm(x_NE, residual_NE, layer.next_norm_E, self._eps)

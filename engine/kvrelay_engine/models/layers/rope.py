@@ -1,4 +1,7 @@
-"""The table of cosines and sines that `apply_rope` reads, for every supported kind of RoPE scaling.
+"""The cosines and sines that `apply_rope` reads, for every supported kind of RoPE scaling.
+
+With M-RoPE some dimensions turn by a token's time, others by its height or width. Where the three differ, one row of
+the table is put together for each token of the step, once for all layers; `apply_rope` knows nothing of it.
 
 Frequencies follow transformers' formulas and order of operations, so that float32 results are the same bits.
 """
@@ -6,11 +9,44 @@ Frequencies follow transformers' formulas and order of operations, so that float
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kvrelay_engine.rope_config import RopeConfig
+from kvrelay_engine.models.layers.step import ModelStep
+from kvrelay_engine.rope_config import MropeConfig, RopeConfig
+
+
+@dataclass(frozen=True, slots=True)
+class RopeRows:
+    """What `apply_rope` takes for the tokens of a step: token i has the row `rows_N[i]` of the table."""
+
+    rows_N: Tensor
+    cos_sin_PD: Tensor
+
+
+class Rope:
+    """One position a token, or three for the dimensions that `mrope` gives to each."""
+
+    def __init__(self, cos_sin_PD: Tensor, mrope: MropeConfig | None = None) -> None:
+        self._cos_sin_PD = cos_sin_PD
+        self._component_D = None if mrope is None else _component_of(mrope, cos_sin_PD.device)
+
+    def rows(self, step: ModelStep) -> RopeRows:
+        positions_3N = step.positions_3N
+        if positions_3N is None:
+            return RopeRows(step.positions_N, self._cos_sin_PD)
+        assert self._component_D is not None, "this model's tokens have one position each"
+        positions_ND = positions_3N.index_select(0, self._component_D).t()
+        rows_N = torch.arange(len(positions_ND), device=positions_ND.device)
+        return RopeRows(rows_N, self._cos_sin_PD.gather(0, positions_ND))
+
+
+def _component_of(mrope: MropeConfig, device: torch.device) -> Tensor:
+    """int64 [D]: which of the three positions each cosine, then each sine, is of."""
+    component_C = torch.repeat_interleave(torch.arange(3), torch.tensor(mrope.sections))
+    return torch.cat([component_C, component_C]).to(device)
 
 
 def rope_table(rope: RopeConfig, head_dim: int, num_positions: int, device: torch.device) -> Tensor:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from kvrelay_engine.runner import MediaRows
 from kvrelay_kernels.attention import AttentionBatch
 
 
 @dataclass(frozen=True, slots=True)
 class ModelStep:
-    """Token i of the batch is `token_ids_N[i]` at `positions_N[i]`; its KV goes to `slots_N[i]`. All int64."""
+    """Token i of the batch is `token_ids_N[i]` at `positions_N[i]`; its KV goes to `slots_N[i]`. All int64.
+
+    Positions are those of RoPE. Where M-RoPE gives some token three that differ, `positions_3N` has all of them, by
+    time, height and width.
+    """
 
     token_ids_N: Tensor
     positions_N: Tensor
     slots_N: Tensor  # block * block_tokens + offset
     logits_rows_R: Tensor  # tokens whose logits are wanted, ascending
     attention: AttentionBatch
+    positions_3N: Tensor | None = None
+    media: Sequence[MediaRows] = ()  # `first` counts the tokens of the batch

@@ -11,8 +11,8 @@ from kvrelay_kernels.norm import rms_norm
 
 
 class QkNormAttention(Attention):
-    def __init__(self, config: ModelConfig, weights: AttentionWeights, cos_sin_PD: Tensor) -> None:
-        super().__init__(config, weights, cos_sin_PD)
+    def __init__(self, config: ModelConfig, weights: AttentionWeights) -> None:
+        super().__init__(config, weights)
         assert weights.query_norm_D is not None and weights.key_norm_D is not None
         self._query_norm_D = weights.query_norm_D
         self._key_norm_D = weights.key_norm_D
