@@ -3,7 +3,8 @@
 A program takes a tile of query rows of one KV head. A row is one query token of one query head; rows run over
 the heads that share the KV head first, so keys and values are read once for all of them. With few programs the
 context is split over several, each leaving a partial result and its log-sum-exp, and a second kernel combines
-them. Slots past a context are never read. Also runs in Triton's interpreter on the CPU.
+them. Slots past a context, and those before the window of a tile's first token, are never read. Without a window and
+without tokens that see past themselves all that is compiled away. Also runs in Triton's interpreter on the CPU.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call, no-any-return"
@@ -24,10 +25,11 @@ from kvrelay_kernels.launch import Launch, launch_for, num_multiprocessors
 
 @triton.jit
 def _attend_kernel(
-    q_ptr, pool_ptr, tables_ptr, tiles_ptr, query_starts_ptr, context_lens_ptr, out_ptr, lse_ptr,
+    q_ptr, pool_ptr, tables_ptr, tiles_ptr, query_starts_ptr, context_lens_ptr, last_visible_ptr, out_ptr, lse_ptr,
     scale_log2e, q_stride_token, q_stride_head, block_stride, plane_stride, table_stride, num_tokens,
     GROUP: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_TILE: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, NUM_SPLITS: tl.constexpr,
+    WINDOW: tl.constexpr, LOOKS_AHEAD: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.load(tiles_ptr + 2 * tl.program_id(0))
     first_row = tl.load(tiles_ptr + 2 * tl.program_id(0) + 1)
@@ -48,10 +50,21 @@ def _attend_kernel(
     q_mask = row_mask[:, None] & column_mask[None, :]
     q = tl.load(q_ptr + q_offset[:, None] + columns[None, :], mask=q_mask, other=0.0)
 
-    # The last query token of the tile sees the most; nothing past that is read.
-    end = tl.minimum(context_len, context_len - query_len + (first_row + ROWS - 1) // GROUP + 1)
-    split_len = tl.cdiv(tl.cdiv(end, TILE), NUM_SPLITS) * TILE
-    split_start = split * split_len
+    last = positions
+    if LOOKS_AHEAD:
+        last = tl.load(last_visible_ptr + tokens, mask=row_mask, other=0)
+        end = tl.max(last, axis=0) + 1
+    else:
+        # The last query token of the tile sees the most; nothing past that is read.
+        end = tl.minimum(context_len, context_len - query_len + (first_row + ROWS - 1) // GROUP + 1)
+    if WINDOW:
+        first = tl.maximum(0, context_len - query_len + first_row // GROUP - WINDOW + 1)
+        begin = first // TILE * TILE
+        split_len = tl.cdiv(tl.cdiv(end - begin, TILE), NUM_SPLITS) * TILE
+        split_start = begin + split * split_len
+    else:
+        split_len = tl.cdiv(tl.cdiv(end, TILE), NUM_SPLITS) * TILE
+        split_start = split * split_len
     split_end = tl.minimum(end, split_start + split_len)
 
     largest = tl.full([ROWS], float("-inf"), tl.float32)
@@ -62,6 +75,8 @@ def _attend_kernel(
     for start in range(split_start, split_end, TILE):
         slots = start + tl.arange(0, TILE)
         slot_mask = slots < split_end
+        if WINDOW:
+            slot_mask &= slots >= first
         if BLOCK_TOKENS >= TILE:
             # The tile lies in one block: both are powers of two, and tiles start at multiples of TILE.
             block = tl.load(table_ptr + start // BLOCK_TOKENS).to(tl.int64)
@@ -73,7 +88,9 @@ def _attend_kernel(
         kv_mask = slot_mask[:, None] & column_mask[None, :]
         k = tl.load(kv_ptr, mask=kv_mask, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2e
-        visible = slot_mask[None, :] & (slots[None, :] <= positions[:, None])
+        visible = slot_mask[None, :] & (slots[None, :] <= last[:, None])
+        if WINDOW:
+            visible &= slots[None, :] > positions[:, None] - WINDOW
         scores = tl.where(visible, scores, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(scores, axis=1))
         # A row that sees nothing of this tile yet must not compute -inf - -inf.
@@ -127,17 +144,22 @@ class TilePlan:
     chunk_launch: Launch
 
 
-def paged_attention(q_NHD: Tensor, layer_pool: Tensor, batch: AttentionBatch, scale: float) -> Tensor:
+def paged_attention(q_NHD: Tensor, layer_pool: Tensor, batch: AttentionBatch, scale: float, window: int = 0) -> Tensor:
     """See `kvrelay_kernels.attention.op.paged_attention`."""
     assert q_NHD.stride(-1) == 1
-    plan = batch.plan(TilePlan, lambda: _make_plan(q_NHD, layer_pool, batch))
+    plan = batch.plan(TilePlan, lambda: _make_plan(q_NHD, layer_pool, batch, window), window)
     out_NHD = torch.empty(q_NHD.shape, dtype=q_NHD.dtype, device=q_NHD.device)
     if len(plan.chunk_tiles):
-        _attend(q_NHD, layer_pool, batch, scale, plan.chunk_tiles, plan.chunk_launch, 1, out_NHD, out_NHD)
+        ahead_N = batch.last_visible_N
+        _attend(
+            q_NHD, layer_pool, batch, scale, plan.chunk_tiles, plan.chunk_launch, 1, window, ahead_N, out_NHD, out_NHD
+        )
     if len(plan.decode_tiles) and plan.num_splits == 1:
-        _attend(q_NHD, layer_pool, batch, scale, plan.decode_tiles, plan.decode_launch, 1, out_NHD, out_NHD)
+        _attend(
+            q_NHD, layer_pool, batch, scale, plan.decode_tiles, plan.decode_launch, 1, window, None, out_NHD, out_NHD
+        )
     elif len(plan.decode_tiles):
-        _attend_in_splits(q_NHD, layer_pool, batch, scale, plan, out_NHD)
+        _attend_in_splits(q_NHD, layer_pool, batch, scale, plan, window, out_NHD)
     return out_NHD
 
 
@@ -149,6 +171,8 @@ def _attend(
     tiles: Tensor,
     launch: Launch,
     num_splits: int,
+    window: int,
+    last_visible_N: Tensor | None,
     out: Tensor,
     lse: Tensor,
 ) -> None:
@@ -161,6 +185,7 @@ def _attend(
         tiles,
         batch.query_starts_B1,
         batch.context_lens_B,
+        batch.context_lens_B if last_visible_N is None else last_visible_N,
         out,
         lse,
         scale * 1.4426950408889634,
@@ -178,19 +203,22 @@ def _attend(
         ROWS=launch.rows,
         TILE=launch.tile,
         NUM_SPLITS=num_splits,
+        WINDOW=window,
+        LOOKS_AHEAD=last_visible_N is not None,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )
 
 
 def _attend_in_splits(
-    q_NHD: Tensor, layer_pool: Tensor, batch: AttentionBatch, scale: float, plan: TilePlan, out_NHD: Tensor
+    q_NHD: Tensor, layer_pool: Tensor, batch: AttentionBatch, scale: float, plan: TilePlan, window: int, out_NHD: Tensor
 ) -> None:
     num_tokens, num_heads, head_dim = q_NHD.shape
     num_splits = plan.num_splits
     partial_SNHD = torch.empty((num_splits, *q_NHD.shape), dtype=torch.float32, device=q_NHD.device)
     lse_SNH = torch.empty((num_splits, num_tokens, num_heads), dtype=torch.float32, device=q_NHD.device)
-    _attend(q_NHD, layer_pool, batch, scale, plan.decode_tiles, plan.decode_launch, num_splits, partial_SNHD, lse_SNH)
+    tiles, launch = plan.decode_tiles, plan.decode_launch
+    _attend(q_NHD, layer_pool, batch, scale, tiles, launch, num_splits, window, None, partial_SNHD, lse_SNH)
     _combine_kernel[(len(plan.decode_tokens), num_heads)](
         partial_SNHD,
         lse_SNH,
@@ -205,7 +233,7 @@ def _attend_in_splits(
     )
 
 
-def _make_plan(q_NHD: Tensor, layer_pool: Tensor, batch: AttentionBatch) -> TilePlan:
+def _make_plan(q_NHD: Tensor, layer_pool: Tensor, batch: AttentionBatch, window: int) -> TilePlan:
     device = q_NHD.device
     num_kv_heads = layer_pool.shape[2]
     group = q_NHD.shape[1] // num_kv_heads
@@ -222,6 +250,8 @@ def _make_plan(q_NHD: Tensor, layer_pool: Tensor, batch: AttentionBatch) -> Tile
     decode_tiles = [(sequence, row) for sequence in decode for row in range(0, group, decode_launch.rows)]
     decode_tokens = [batch.query_starts[sequence] for sequence in decode]
     longest = max((batch.context_lens[sequence] for sequence in decode), default=0)
+    if window:
+        longest = min(longest, window)
     return TilePlan(
         decode_tiles=torch.tensor(decode_tiles, dtype=torch.int32, device=device),
         decode_tokens=torch.tensor(decode_tokens, dtype=torch.int32, device=device),

@@ -2,7 +2,8 @@
 
 Decode rows are computed in groups by one attention call each, prefill chunks one by one. Either way keys and
 values are copied once, by head, out of the pool. What is derived from block tables and lengths is planned at
-the first layer of a step and reused by the others. Knows nothing of devices or of how the pool is filled.
+the first layer of a step, for each window, and reused by the others. Of a window's context only the blocks in it
+are copied. Knows nothing of devices or of how the pool is filled.
 """
 
 from __future__ import annotations
@@ -60,9 +61,9 @@ class DecodeGroup:
 
     tokens_B: Tensor | None  # their tokens' rows in the batch; None if they are the whole batch in order
     rows: Tensor  # see PoolRows.index
-    max_context_len: int
+    max_context_len: int  # from the first block that is gathered
     stale_rows: Tensor | None  # token vectors among those gathered that are past a context; None: cut off
-    mask_B11S: Tensor | None  # added to the scores: -inf past a context
+    mask_B11S: Tensor | None  # added to the scores: -inf past a context and before a window
 
 
 @dataclass(slots=True, frozen=True)
@@ -72,8 +73,8 @@ class Chunk:
     first_token: int
     num_tokens: int
     rows: Tensor  # see PoolRows.index
-    context_len: int
-    mask_QS: Tensor | None  # None: the chunk is the whole context
+    context_len: int  # from the first block that is gathered
+    mask_QS: Tensor | None  # None: causal, and the chunk is the whole context
 
 
 @dataclass(slots=True, frozen=True)
@@ -83,9 +84,9 @@ class ReferencePlan:
     chunks: list[Chunk]
 
 
-def paged_attention(q_NHD: Tensor, layer_pool: Tensor, batch: AttentionBatch, scale: float) -> Tensor:
+def paged_attention(q_NHD: Tensor, layer_pool: Tensor, batch: AttentionBatch, scale: float, window: int = 0) -> Tensor:
     """See `kvrelay_kernels.attention.op.paged_attention`."""
-    plan = batch.plan(ReferencePlan, lambda: _make_plan(batch, layer_pool))
+    plan = batch.plan(ReferencePlan, lambda: _make_plan(batch, layer_pool, window), window)
     rows_RV = plan.pool_rows.view(layer_pool)
     if not plan.chunks and len(plan.decode_groups) == 1 and plan.decode_groups[0].tokens_B is None:
         return _attend_group(q_NHD, rows_RV, plan.decode_groups[0], plan.pool_rows, scale)
@@ -128,29 +129,30 @@ def _attend_chunk(q_QHD: Tensor, rows_RV: Tensor, chunk: Chunk, pool_rows: PoolR
     return out_1HQD.squeeze(0).transpose(0, 1)
 
 
-def _make_plan(batch: AttentionBatch, layer_pool: Tensor) -> ReferencePlan:
+def _make_plan(batch: AttentionBatch, layer_pool: Tensor, window: int) -> ReferencePlan:
     pool_rows = PoolRows.of(layer_pool)
     sequences = range(batch.num_sequences)
     decode = [sequence for sequence in sequences if batch.query_len(sequence) == 1]
     chunks = [
-        _make_chunk(batch, sequence, pool_rows, layer_pool.dtype)
+        _make_chunk(batch, sequence, pool_rows, layer_pool.dtype, window)
         for sequence in sequences
         if batch.query_len(sequence) > 1
     ]
     groups = [
-        _make_group(batch, group, pool_rows, layer_pool.dtype)
-        for group in _split_into_groups(batch, decode, pool_rows, layer_pool.element_size())
+        _make_group(batch, group, pool_rows, layer_pool.dtype, window)
+        for group in _split_into_groups(batch, decode, pool_rows, layer_pool.element_size(), window)
     ]
     return ReferencePlan(pool_rows, groups, chunks)
 
 
 def _split_into_groups(
-    batch: AttentionBatch, decode: list[int], pool_rows: PoolRows, element_bytes: int
+    batch: AttentionBatch, decode: list[int], pool_rows: PoolRows, element_bytes: int, window: int
 ) -> list[list[int]]:
     """Groups of like context length, so that padding is small, and of about `_GROUP_BYTES`."""
 
     def size_bytes(sequence: int) -> int:
-        blocks = -(-batch.context_lens[sequence] // pool_rows.block_tokens)
+        context_len = batch.context_lens[sequence]
+        blocks = -(-context_len // pool_rows.block_tokens) - _first_block(context_len - 1, window, pool_rows)
         return blocks * 2 * pool_rows.num_kv_heads * pool_rows.block_tokens * pool_rows.head_dim * element_bytes
 
     if size_bytes(max(decode, key=size_bytes, default=0)) * len(decode) <= _GROUP_BYTES:
@@ -165,24 +167,50 @@ def _split_into_groups(
     return groups
 
 
-def _make_group(batch: AttentionBatch, group: list[int], pool_rows: PoolRows, dtype: torch.dtype) -> DecodeGroup:
+def _first_block(position: int, window: int, pool_rows: PoolRows) -> int:
+    """The block of the first token that the token at `position`, and any after it, sees."""
+    return max(0, position - window + 1) // pool_rows.block_tokens if window else 0
+
+
+def _make_group(
+    batch: AttentionBatch, group: list[int], pool_rows: PoolRows, dtype: torch.dtype, window: int
+) -> DecodeGroup:
     device = batch.block_tables_BM.device
-    lens_B = torch.tensor([batch.context_lens[sequence] for sequence in group], device=device)
+    context_lens = [batch.context_lens[sequence] for sequence in group]
+    first_blocks = [_first_block(context_len - 1, window, pool_rows) for context_len in context_lens]
+    lens = [
+        context_len - first_block * pool_rows.block_tokens
+        for context_len, first_block in zip(context_lens, first_blocks, strict=True)
+    ]
+    lens_B = torch.tensor(lens, device=device)
     max_context_len = int(lens_B.max())
     num_blocks = -(-max_context_len // pool_rows.block_tokens)
     is_whole_batch = len(group) == batch.num_tokens
-    tables_BM = batch.block_tables_BM[:, :num_blocks]
     tokens_B = None
+    tables_BM = batch.block_tables_BM
     if not is_whole_batch:
         tokens_B = torch.tensor([batch.query_starts[sequence] for sequence in group], device=device)
         tables_BM = tables_BM.index_select(0, torch.tensor(group, device=device))
-    rows = pool_rows.index(tables_BM)
-    is_stale_BS = torch.arange(num_blocks * pool_rows.block_tokens, device=device) >= lens_B.unsqueeze(1)
-    if not bool(is_stale_BS[:, :max_context_len].any()):
+    rows = pool_rows.index(
+        _shift(tables_BM, first_blocks, num_blocks) if any(first_blocks) else tables_BM[:, :num_blocks]
+    )
+    slots_S = torch.arange(num_blocks * pool_rows.block_tokens, device=device)
+    is_stale_BS = slots_S >= lens_B.unsqueeze(1)
+    is_hidden_BS = is_stale_BS
+    if window:
+        is_hidden_BS = is_stale_BS | (slots_S < lens_B.unsqueeze(1) - window)
+    if not bool(is_hidden_BS[:, :max_context_len].any()):
         return DecodeGroup(tokens_B, rows, max_context_len, None, None)
-    mask_BS = torch.zeros(is_stale_BS.shape, dtype=dtype, device=device).masked_fill_(is_stale_BS, float("-inf"))
+    mask_BS = torch.zeros(is_hidden_BS.shape, dtype=dtype, device=device).masked_fill_(is_hidden_BS, float("-inf"))
     mask_B11S = mask_BS[:, None, None, :max_context_len]
     return DecodeGroup(tokens_B, rows, max_context_len, _stale_rows(is_stale_BS, pool_rows.num_kv_heads), mask_B11S)
+
+
+def _shift(tables_BM: Tensor, first_blocks: list[int], num_blocks: int) -> Tensor:
+    """`num_blocks` entries of each table from its first one on; past a table's end some block of it."""
+    firsts_B1 = torch.tensor(first_blocks, device=tables_BM.device).unsqueeze(1)
+    columns_BM = firsts_B1 + torch.arange(num_blocks, device=tables_BM.device)
+    return tables_BM.gather(1, columns_BM.clamp_(max=tables_BM.shape[1] - 1))
 
 
 def _stale_rows(is_stale_BS: Tensor, num_kv_heads: int) -> Tensor:
@@ -195,12 +223,32 @@ def _stale_rows(is_stale_BS: Tensor, num_kv_heads: int) -> Tensor:
     return torch.cat((keys_KE, keys_KE + num_sequences * num_kv_heads * num_slots)).view(-1)
 
 
-def _make_chunk(batch: AttentionBatch, sequence: int, pool_rows: PoolRows, dtype: torch.dtype) -> Chunk:
+def _make_chunk(batch: AttentionBatch, sequence: int, pool_rows: PoolRows, dtype: torch.dtype, window: int) -> Chunk:
     num_tokens, context_len = batch.query_len(sequence), batch.context_lens[sequence]
     num_blocks = -(-context_len // pool_rows.block_tokens)
-    rows = pool_rows.index(batch.block_tables_BM[sequence : sequence + 1, :num_blocks])
+    first_block = _first_block(context_len - num_tokens, window, pool_rows)
+    rows = pool_rows.index(batch.block_tables_BM[sequence : sequence + 1, first_block:num_blocks])
+    num_slots = context_len - first_block * pool_rows.block_tokens
+    first_token = batch.query_starts[sequence]
     mask_QS = None
-    if num_tokens < context_len:
+    if batch.last_visible is not None or 0 < window < context_len:
+        mask_QS = _masked_chunk(batch, sequence, context_len - num_slots, window, dtype)
+    elif num_tokens < context_len:
         mask_QS = torch.full((num_tokens, context_len), float("-inf"), dtype=dtype, device=rows.device)
         mask_QS.triu_(context_len - num_tokens + 1)
-    return Chunk(batch.query_starts[sequence], num_tokens, rows, context_len, mask_QS)
+    return Chunk(first_token, num_tokens, rows, num_slots, mask_QS)
+
+
+def _masked_chunk(batch: AttentionBatch, sequence: int, first_slot: int, window: int, dtype: torch.dtype) -> Tensor:
+    """The mask of a chunk with a window, or whose tokens see past themselves, from the context's `first_slot` on."""
+    device = batch.block_tables_BM.device
+    context_len = batch.context_lens[sequence]
+    slots_S = torch.arange(first_slot, context_len, device=device)
+    positions_Q1 = torch.arange(context_len - batch.query_len(sequence), context_len, device=device).unsqueeze(1)
+    last_Q1 = positions_Q1
+    if batch.last_visible_N is not None:
+        last_Q1 = batch.last_visible_N[batch.query_starts[sequence] : batch.query_starts[sequence + 1]].unsqueeze(1)
+    is_hidden_QS = slots_S > last_Q1
+    if window:
+        is_hidden_QS |= slots_S <= positions_Q1 - window
+    return torch.zeros(is_hidden_QS.shape, dtype=dtype, device=device).masked_fill_(is_hidden_QS, float("-inf"))

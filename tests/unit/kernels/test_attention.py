@@ -20,9 +20,11 @@ class Problem:
     batch: AttentionBatch
     keys: list[Tensor]
     values: list[Tensor]
+    window: int = 0
 
     def attend(self) -> Tensor:
-        return paged_attention(self.q_NHD, self.pool[:, 1], self.batch, self.q_NHD.shape[-1] ** -0.5)
+        scale = self.q_NHD.shape[-1] ** -0.5
+        return paged_attention(self.q_NHD, self.pool[:, 1], self.batch, scale, self.window)
 
     def expected(self) -> Tensor:
         """In float64, with every score written out, one sequence after the other."""
@@ -34,8 +36,13 @@ class Problem:
             v_SHD = self.values[sequence].repeat_interleave(group, dim=1).double()
             scores_HQS = torch.einsum("qhd,shd->hqs", self.q_NHD[start:end].double(), k_SHD)
             positions_Q = torch.arange(context_len - (end - start), context_len)
-            is_later_QS = torch.arange(context_len) > positions_Q.unsqueeze(1)
-            weights_HQS = (scores_HQS * self.q_NHD.shape[-1] ** -0.5).masked_fill(is_later_QS, -math.inf).softmax(-1)
+            last_Q = positions_Q
+            if self.batch.last_visible is not None:
+                last_Q = torch.tensor(self.batch.last_visible[start:end])
+            is_hidden_QS = torch.arange(context_len) > last_Q.unsqueeze(1)
+            if self.window:
+                is_hidden_QS |= torch.arange(context_len) <= positions_Q.unsqueeze(1) - self.window
+            weights_HQS = (scores_HQS * self.q_NHD.shape[-1] ** -0.5).masked_fill(is_hidden_QS, -math.inf).softmax(-1)
             outputs.append(torch.einsum("hqs,shd->qhd", weights_HQS, v_SHD))
         return torch.cat(outputs).float()
 
@@ -87,6 +94,65 @@ def test_any_batch_equals_attention_written_out(seed: int) -> None:
         seed=seed,
     )
     torch.testing.assert_close(problem.attend(), problem.expected(), rtol=1e-5, atol=1e-5)
+
+
+def draw_last_visible(rng: random.Random, sequences: list[tuple[int, int]]) -> list[int]:
+    """Some stretches of each chunk see all of themselves."""
+    last_visible = []
+    for query_len, context_len in sequences:
+        position = context_len - query_len
+        while position < context_len:
+            end = min(context_len, position + rng.choice([1, 1, rng.randint(1, 60)]))
+            is_image = rng.random() < 0.5
+            last_visible += [end - 1 if is_image else token for token in range(position, end)]
+            position = end
+    return last_visible
+
+
+def forget_before_windows(problem: Problem) -> None:
+    """Whole blocks that no query sees any more may hold anything."""
+    block_tokens = problem.pool.shape[4]
+    for sequence, context_len in enumerate(problem.batch.context_lens):
+        first_position = context_len - problem.batch.query_len(sequence)
+        num_unseen = max(0, first_position + 1 - problem.window) // block_tokens
+        problem.pool[problem.batch.block_tables_BM[sequence, :num_unseen].long()] = float("nan")
+        problem.batch.block_tables_BM[sequence, :num_unseen] = 0
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_windows_and_images_equal_attention_written_out(seed: int) -> None:
+    rng = random.Random(seed)
+    sequences = draw_sequences(rng)
+    problem = make_problem(
+        sequences,
+        block_tokens=rng.choice([1, 4, 16, 64, 128]),
+        kv_heads=rng.choice([1, 2]),
+        group=rng.choice([1, 3, 4]),
+        head_dim=rng.choice([16, 80]),
+        seed=seed,
+    )
+    last_visible = draw_last_visible(rng, sequences) if seed % 3 else None
+    starts, lens, tables_BM = problem.batch.query_starts, problem.batch.context_lens, problem.batch.block_tables_BM
+    problem.batch = AttentionBatch.build(starts, lens, tables_BM, last_visible)
+    problem.window = rng.choice([1, 5, 16, 40, 1000]) if seed % 4 else 0
+    expected = problem.expected()
+    if problem.window:
+        forget_before_windows(problem)
+    torch.testing.assert_close(problem.attend(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_with_and_without_a_window_share_a_batch() -> None:
+    problem = make_problem([(1, 70), (9, 40)], block_tokens=16, kv_heads=2, group=2, head_dim=32, seed=2)
+    for window in (0, 8, 0, 20, 8):
+        problem.window = window
+        torch.testing.assert_close(problem.attend(), problem.expected(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_window_of_the_whole_context_gives_the_same_bits_as_none() -> None:
+    problem = make_problem([(1, 70), (40, 40), (1, 3)], block_tokens=16, kv_heads=2, group=2, head_dim=32, seed=4)
+    without = problem.attend()
+    problem.window = 70
+    assert torch.equal(problem.attend(), without)
 
 
 def test_long_contexts_are_computed_in_several_groups() -> None:
