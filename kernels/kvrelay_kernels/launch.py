@@ -31,6 +31,7 @@ _TABLE: Final = MappingProxyType(
     {
         ("norm", "rows"): {_ANY_GPU: Launch(tile=2048)},
         ("silu_mul", "rows"): {_ANY_GPU: Launch(tile=1024)},
+        ("gelu_tanh_mul", "rows"): {_ANY_GPU: Launch(tile=1024)},
         ("kv_copy", "span"): {_ANY_GPU: Launch(tile=2048, num_warps=8)},
         ("kv_copy", "long rows"): {_ANY_GPU: Launch(tile=2048, rows=4, num_warps=16)},
         ("kv_copy", "rows"): {_ANY_GPU: Launch(tile=128, rows=64, num_warps=16)},

@@ -1,5 +1,5 @@
 """Activations of the feed-forward network."""
 
-from kvrelay_kernels.activation.op import silu_mul
+from kvrelay_kernels.activation.op import gelu_tanh_mul, silu_mul
 
-__all__ = ["silu_mul"]
+__all__ = ["gelu_tanh_mul", "silu_mul"]

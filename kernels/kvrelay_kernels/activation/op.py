@@ -14,3 +14,12 @@ def silu_mul(gate_up_N2F: Tensor) -> Tensor:
 
         return kernel.silu_mul(gate_up_N2F)
     return reference.silu_mul(gate_up_N2F)
+
+
+def gelu_tanh_mul(gate_up_N2F: Tensor) -> Tensor:
+    """Returns gelu(gate) * up as [N, F], with the approximation of GELU by a hyperbolic tangent."""
+    if gate_up_N2F.is_cuda:
+        from kvrelay_kernels.activation import kernel
+
+        return kernel.gelu_tanh_mul(gate_up_N2F)
+    return reference.gelu_tanh_mul(gate_up_N2F)

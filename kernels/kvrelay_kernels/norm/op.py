@@ -11,7 +11,7 @@ def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """Returns x / sqrt(mean(x^2) + eps) * weight over the last dimension, as a new tensor.
 
     Leading dimensions are free ([N, D], or [N, H, D] for a norm of each head). Computed in float32,
-    returned in the dtype of `x_ND`.
+    returned in the dtype of `x_ND`. The weight is of that dtype, or float32.
     """
     if x_ND.is_cuda:
         from kvrelay_kernels.norm import kernel

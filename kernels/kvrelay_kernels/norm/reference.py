@@ -8,6 +8,8 @@ from torch import Tensor
 
 def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """See `kvrelay_kernels.norm.op.rms_norm`."""
+    if weight_D.dtype != x_ND.dtype:
+        return torch.rms_norm(x_ND.float(), weight_D.shape, weight_D, eps).to(x_ND.dtype)
     return torch.rms_norm(x_ND, weight_D.shape, weight_D, eps)
 
 

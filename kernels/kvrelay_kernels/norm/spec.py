@@ -25,6 +25,12 @@ def _build(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inpu
     }
 
 
+def _build_wide_weight(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+    """A weight that keeps float32 beside narrower activations."""
+    inputs = _build(shape, dtype, generator)
+    return {**inputs, "weight_D": torch.rand(shape["size"], generator=generator).add(0.5)}
+
+
 def _build_heads(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
     """Heads as a slice of a wider projection, as QK norm sees them."""
     inputs = _build(shape, dtype, generator)
@@ -46,6 +52,15 @@ SPECS = (
         kernel="kvrelay_kernels.norm.kernel:rms_norm",
         shapes=_SHAPES,
         build=_build,
+        tolerances=FLOAT_TOLERANCES,
+    ),
+    OpSpec(
+        name="rms_norm with a float32 weight",
+        schema="rms_norm(x_ND, weight_D, eps) -> x_ND",
+        reference=reference.rms_norm,
+        kernel="kvrelay_kernels.norm.kernel:rms_norm",
+        shapes={"odd": _SHAPES["odd"]},
+        build=_build_wide_weight,
         tolerances=FLOAT_TOLERANCES,
     ),
     OpSpec(

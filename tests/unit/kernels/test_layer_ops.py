@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from kvrelay_kernels.activation import silu_mul
+from kvrelay_kernels.activation import gelu_tanh_mul, silu_mul
 from kvrelay_kernels.norm import add_rms_norm, rms_norm
 from kvrelay_kernels.rope import apply_rope
 
@@ -52,6 +52,25 @@ def test_silu_mul() -> None:
     before = gate_up_N2F.clone()
     torch.testing.assert_close(silu_mul(gate_up_N2F), gate_NF / (1 + (-gate_NF).exp()) * up_NF)
     assert torch.equal(gate_up_N2F, before)
+
+
+def test_gelu_tanh_mul_equals_transformers() -> None:
+    from transformers.activations import ACT2FN
+
+    gate_up_N2F = torch.randn(5, 14) * 3
+    gate_NF, up_NF = gate_up_N2F[:, :7], gate_up_N2F[:, 7:]
+    before = gate_up_N2F.clone()
+    assert torch.equal(gelu_tanh_mul(gate_up_N2F), ACT2FN["gelu_pytorch_tanh"](gate_NF) * up_NF)
+    assert torch.equal(gate_up_N2F, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_float32_weight_is_not_rounded_to_the_activations_dtype(dtype: torch.dtype) -> None:
+    x_ND, weight_D = torch.randn(4, 64).to(dtype), torch.rand(64) + 0.5
+    normed_ND = rms_norm(x_ND, weight_D, 1e-6)
+    assert normed_ND.dtype == dtype
+    assert torch.equal(normed_ND, rms_norm(x_ND.float(), weight_D, 1e-6).to(dtype))
+    assert not torch.equal(normed_ND, rms_norm(x_ND, weight_D.to(dtype), 1e-6))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
