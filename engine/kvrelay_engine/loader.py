@@ -16,6 +16,7 @@ from kvrelay_core.errors import ConfigError
 from kvrelay_engine.config_fields import ConfigFields
 from kvrelay_engine.model_config import ModelConfig
 from kvrelay_engine.models.layers.decoder import Decoder
+from kvrelay_engine.models.layers.linear import MakeLinear, linear_for_tokens
 from kvrelay_engine.models.registry import find_architecture
 from kvrelay_engine.sizing import check_fits, free_bytes
 from kvrelay_engine.weight_reader import WeightReader
@@ -53,11 +54,19 @@ def read_config(model_dir: Path) -> ModelConfig:
     return find_architecture(fields).read_config(fields)
 
 
-def load_model(model: str, dtype: str, device: str, *, max_model_len: int | None = None) -> LoadedModel:
+def load_model(
+    model: str,
+    dtype: str,
+    device: str,
+    *,
+    max_model_len: int | None = None,
+    make_linear: MakeLinear = linear_for_tokens,
+) -> LoadedModel:
     """Loads a local directory or a hub id.
 
     `dtype` is float32, bfloat16, float16 or auto (the checkpoint's). `max_model_len` bounds the positions, at most
-    the model's own. Raises ConfigError for whatever cannot work: the checkpoint, the device, its memory.
+    the model's own. `make_linear` gives the weights the form that suits the number of tokens in a step. Raises
+    ConfigError for whatever cannot work: the checkpoint, the device, its memory.
     """
     directory = resolve_model(model)
     fields = ConfigFields.read(directory / "config.json")
@@ -72,7 +81,7 @@ def load_model(model: str, dtype: str, device: str, *, max_model_len: int | None
         check_fits(reader.size_bytes, free_bytes(torch_device), f"the model {model} in {dtype} on {device}")
         weights = architecture.read_weights(reader, config)
         reader.check_complete()
-        decoder = architecture.build(config, weights)
+        decoder = architecture.build(config, weights, make_linear)
         rope_bytes = config.max_model_len * config.head_dim * 4
         weight_bytes = reader.size_bytes + decoder.copied_bytes + rope_bytes
     fingerprint = _fingerprint(reader.files, config, dtype)

@@ -25,6 +25,7 @@ from kvrelay_engine.handoff_fetches import EmittedFetches
 from kvrelay_engine.loader import LoadedModel, load_model
 from kvrelay_engine.messages import Event, Started
 from kvrelay_engine.model_runner import ModelRunner
+from kvrelay_engine.models.layers.linear import linear_for_prompts, linear_for_tokens
 from kvrelay_engine.sizing import MemoryShare, total_bytes
 from kvrelay_engine.warm_up import warm_up
 from kvrelay_transfer.connectors.base import Connector
@@ -54,7 +55,13 @@ def build_engine(config: EngineConfig, clock: Clock, emit: Callable[[Event], Non
     torch.set_num_threads(config.num_threads)
     Path(config.run_dir).mkdir(mode=0o700, parents=True, exist_ok=True)
     _make_current(torch.device(config.device))
-    loaded = load_model(config.model, config.dtype, config.device, max_model_len=config.max_model_len)
+    loaded = load_model(
+        config.model,
+        config.dtype,
+        config.device,
+        max_model_len=config.max_model_len,
+        make_linear=linear_for_prompts if config.role == "prefill" else linear_for_tokens,
+    )
     layout = loaded.kv_layout(config.block_tokens, config.hash_unit_tokens)
     epoch = secrets.token_bytes(16)
     memory = PoolMemory.allocate(layout, _count_blocks(config, loaded, layout), config.device, epoch)

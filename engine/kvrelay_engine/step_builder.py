@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvrelay_engine.models.layers.step import ModelStep
+from kvrelay_engine.models.layers.step import LogitsRows, ModelStep
 from kvrelay_engine.runner import BatchRow, MediaRows
 from kvrelay_kernels.attention import AttentionBatch
 
@@ -24,19 +24,21 @@ class StepBuilder:
 
     def build(self, batch: Sequence[BatchRow]) -> ModelStep:
         """Every row has at least one token, and a block table that covers its last one."""
-        query_starts, context_lens, logits_rows = [0], [], []
-        for row in batch:
+        query_starts, context_lens, wanted = [0], [], []
+        for index, row in enumerate(batch):
             query_starts.append(query_starts[-1] + len(row.token_ids))
             context_lens.append(row.start + len(row.token_ids))
             if row.wants_logits:
-                logits_rows.append(query_starts[-1] - 1)
+                wanted.append(index)
+        logits_rows = [query_starts[index + 1] - 1 for index in wanted]
         wide = self._lay_out_tokens(batch, query_starts, logits_rows)
         num_tokens = query_starts[-1]
-        token_ids_N, positions_N, slots_N, logits_rows_R = wide.split_with_sizes([num_tokens] * 3 + [len(logits_rows)])
+        token_ids_N, positions_N, slots_N, rows_R = wide.split_with_sizes([num_tokens] * 3 + [len(logits_rows)])
         attention = self._attention_batch(batch, query_starts, context_lens)
+        logits = None if len(wanted) == num_tokens else LogitsRows(rows_R, attention.last_tokens(wanted))
         positions_3N = self._mrope_positions(batch, query_starts)
         media = _place_in_batch(batch, query_starts)
-        return ModelStep(token_ids_N, positions_N, slots_N, logits_rows_R, attention, positions_3N, media)
+        return ModelStep(token_ids_N, positions_N, slots_N, attention, logits, positions_3N, media)
 
     def _lay_out_tokens(self, batch: Sequence[BatchRow], query_starts: list[int], logits_rows: list[int]) -> Tensor:
         """int64: all token ids, then all positions, all slots, and the rows that want logits."""

@@ -14,6 +14,7 @@ from kvrelay_engine.config_fields import ConfigFields
 from kvrelay_engine.model_config import ModelConfig
 from kvrelay_engine.models import llama, qwen2, qwen2_5_vl, qwen3
 from kvrelay_engine.models.layers.decoder import Decoder, DecoderWeights
+from kvrelay_engine.models.layers.linear import MakeLinear
 from kvrelay_engine.weight_reader import WeightReader
 
 
@@ -22,7 +23,7 @@ class Architecture:
     name: str
     read_config: Callable[[ConfigFields], ModelConfig]
     read_weights: Callable[[WeightReader, ModelConfig], DecoderWeights]
-    build: Callable[[ModelConfig, DecoderWeights], Decoder]
+    build: Callable[[ModelConfig, DecoderWeights, MakeLinear], Decoder]
     vision_prefixes: tuple[str, ...] = ()  # of tensors that are the encoder's, not read here
 
 

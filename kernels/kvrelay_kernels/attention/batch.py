@@ -66,6 +66,15 @@ class AttentionBatch:
             self.query_starts, self.context_lens, self.block_tables_BM.to(device), self.last_visible
         )
 
+    def last_tokens(self, sequences: Sequence[int]) -> AttentionBatch:
+        """Of these sequences the last token each, which sees all of the context."""
+        index = torch.tensor(sequences, dtype=torch.int64, device=self.block_tables_BM.device)
+        return AttentionBatch.build(
+            range(len(sequences) + 1),
+            [self.context_lens[sequence] for sequence in sequences],
+            self.block_tables_BM.index_select(0, index),
+        )
+
     @property
     def num_sequences(self) -> int:
         return len(self.context_lens)

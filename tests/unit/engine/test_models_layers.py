@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from checkpoints import LINEAR_SCALING, LLAMA3_SCALING, YARN_SCALING
 
 from kvrelay_engine.config_fields import ConfigFields
-from kvrelay_engine.models.layers.linear import PackedLinear, PlainLinear, TiedLinear, column_major, make_linear
+from kvrelay_engine.models.layers.linear import (
+    MakeLinear,
+    PackedLinear,
+    PlainLinear,
+    TiedLinear,
+    column_major,
+    linear_for_prompts,
+    linear_for_tokens,
+)
 from kvrelay_engine.models.layers.rope import rope_table
 from kvrelay_engine.rope_config import read_rope
 
@@ -60,27 +68,31 @@ def test_packed_projection(num_rows: int, has_bias: bool) -> None:
     bias_O = torch.randn(96, generator=generator) if has_bias else None
     x_NI = torch.randn(num_rows, 80, generator=generator)
     expected_NO = F.linear(x_NI.double(), weight_OI.double(), None if bias_O is None else bias_O.double())
-    with torch.inference_mode():
-        y_NO = make_linear(weight_OI, bias_O)(x_NI)
-    torch.testing.assert_close(y_NO.double(), expected_NO, rtol=1e-5, atol=1e-5)
+    for make_linear in (linear_for_tokens, linear_for_prompts):
+        with torch.inference_mode():
+            y_NO = make_linear(weight_OI.clone(), bias_O)(x_NI)
+        torch.testing.assert_close(y_NO.double(), expected_NO, rtol=1e-5, atol=1e-5)
 
 
-def test_only_float32_is_packed() -> None:
-    assert isinstance(make_linear(torch.zeros(8, 8), None), PackedLinear)
-    assert isinstance(make_linear(torch.zeros(8, 8, dtype=torch.bfloat16), None), PlainLinear)
+def test_only_float32_for_tokens_is_packed() -> None:
+    assert isinstance(linear_for_tokens(torch.zeros(8, 8), None), PackedLinear)
+    assert isinstance(linear_for_tokens(torch.zeros(8, 8, dtype=torch.bfloat16), None), PlainLinear)
+    assert isinstance(linear_for_prompts(torch.zeros(8, 8), None), PlainLinear)
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 8, 65])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tied_projection_and_its_rows(num_rows: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("make_linear", [linear_for_tokens, linear_for_prompts])
+def test_tied_projection_and_its_rows(num_rows: int, dtype: torch.dtype, make_linear: MakeLinear) -> None:
     generator = torch.Generator().manual_seed(0)
     weight_OI = torch.randn(96, 80, generator=generator).to(dtype)
     x_NI = torch.randn(num_rows, 80, generator=generator).to(dtype)
     with torch.inference_mode():
-        tied = TiedLinear(weight_OI)
+        tied = TiedLinear(weight_OI, make_linear)
         y_NO = tied(x_NI)
     assert torch.equal(tied.rows_OI, weight_OI)
-    assert tied.copied_bytes == (96 * 80 * 4 if dtype is torch.float32 else 0), "bfloat16 is held once"
+    is_packed = dtype is torch.float32 and make_linear is linear_for_tokens
+    assert tied.copied_bytes == (96 * 80 * 4 if is_packed else 0), "what is not packed is held once"
     expected_NO = F.linear(x_NI.double(), weight_OI.double())
     error = 1e-5 if dtype is torch.float32 else 2e-2
     torch.testing.assert_close(y_NO.double(), expected_NO, rtol=error, atol=error)

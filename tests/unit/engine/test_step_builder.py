@@ -90,3 +90,18 @@ def test_a_model_without_mrope_takes_no_three_positions() -> None:
     image = BatchRow([5, 6], 2, [3], False, positions=([2, 2], [7, 8], [30, 31]))
     with pytest.raises(AssertionError, match="one position each"):
         Rope(rope_table(RopeConfig(), 16, 50, CPU)).rows(BUILDER.build([image]))
+
+
+def test_tokens_that_want_logits_attend_alone_to_their_whole_context() -> None:
+    chunk, prompt = BatchRow([5, 6, 7], 2, [3, 1], False), BatchRow([1, 2], 0, [6], True)
+    step = BUILDER.build([chunk, prompt, BatchRow([8], 9, [2, 4, 5], True)])
+    assert step.logits is not None
+    assert step.logits.rows_R.tolist() == [4, 5]
+    attention = step.logits.attention
+    assert (list(attention.query_starts), list(attention.context_lens)) == ([0, 1, 2], [2, 10])
+    assert attention.block_tables_BM.tolist() == [[6, 0, 0], [2, 4, 5]]
+    assert attention.max_query_len == 1
+
+
+def test_decoding_alone_wants_the_logits_of_all() -> None:
+    assert BUILDER.build([BatchRow([8], 9, [2, 4, 6], True), BatchRow([7], 3, [1], True)]).logits is None

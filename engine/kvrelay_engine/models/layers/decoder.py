@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvrelay_engine.model_config import ModelConfig
 from kvrelay_engine.models.layers.attention import Attention, AttentionWeights
-from kvrelay_engine.models.layers.linear import Linear, TiedLinear, make_linear
+from kvrelay_engine.models.layers.linear import Linear, MakeLinear, TiedLinear
 from kvrelay_engine.models.layers.media import place_media
 from kvrelay_engine.models.layers.mlp import GatedMlp, MlpWeights
 from kvrelay_engine.models.layers.rope import Rope, rope_table
@@ -47,7 +47,13 @@ class DecoderLayer:
 
 
 class Decoder:
-    def __init__(self, config: ModelConfig, weights: DecoderWeights, attention_class: type[Attention]) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: DecoderWeights,
+        attention_class: type[Attention],
+        make_linear: MakeLinear,
+    ) -> None:
         """Takes the weights over: some are repacked."""
         table_PD = rope_table(config.rope, config.head_dim, config.max_model_len, weights.norm_E.device)
         self._rope = Rope(table_PD, config.mrope)
@@ -56,9 +62,9 @@ class Decoder:
         next_norms_E = [*(layer.input_norm_E for layer in weights.layers[1:]), weights.norm_E]
         self._layers = [
             DecoderLayer(
-                attention_class(config, layer.attention),
+                attention_class(config, layer.attention, make_linear),
                 layer.mlp_norm_E,
-                GatedMlp(layer.mlp),
+                GatedMlp(layer.mlp, make_linear),
                 next_norm_E,
             )
             for layer, next_norm_E in zip(weights.layers, next_norms_E, strict=True)
@@ -69,20 +75,28 @@ class Decoder:
         if weights.output_VE is not None:
             self._project_output = make_linear(weights.output_VE, None)
         else:
-            tied = TiedLinear(weights.embedding_VE)
+            tied = TiedLinear(weights.embedding_VE, make_linear)
             self._project_output = tied
             self._embedding_VE = tied.rows_OI
             self.copied_bytes = tied.copied_bytes
 
     def __call__(self, step: ModelStep, layer_pools: Sequence[Tensor]) -> Tensor:
-        """Logits [R, V] in the model's dtype. `layer_pools[i]` is layer i's part of the pool."""
+        """Logits [R, V] in the model's dtype. `layer_pools[i]` is layer i's part of the pool.
+
+        All that the last layer's other tokens leave is their keys and values: what follows is computed for R tokens.
+        """
         rope = self._rope.rows(step)
         residual_NE = F.embedding(step.token_ids_N, self._embedding_VE)
         place_media(step.media, residual_NE)
         x_NE = rms_norm(residual_NE, self._first_norm_E, self._eps)
         for layer, layer_pool in zip(self._layers, layer_pools, strict=True):
-            x_NE = layer.attention(x_NE, step, rope, layer_pool)
+            only = step.logits if layer is self._layers[-1] else None
+            x_NE = layer.attention(x_NE, step, rope, layer_pool, only)
+            if only is not None:
+                if not len(x_NE):
+                    return x_NE.new_empty(0, self._embedding_VE.shape[0])
+                residual_NE = residual_NE.index_select(0, only.rows_R)
             x_NE, residual_NE = add_rms_norm(x_NE, residual_NE, layer.mlp_norm_E, self._eps)
             x_NE = layer.mlp(x_NE)
             x_NE, residual_NE = add_rms_norm(x_NE, residual_NE, layer.next_norm_E, self._eps)
-        return self._project_output(x_NE.index_select(0, step.logits_rows_R))
+        return self._project_output(x_NE)

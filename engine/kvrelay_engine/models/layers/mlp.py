@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvrelay_engine.models.layers.linear import make_linear
+from kvrelay_engine.models.layers.linear import MakeLinear
 from kvrelay_kernels.activation import silu_mul
 
 
@@ -19,7 +19,7 @@ class MlpWeights:
 
 
 class GatedMlp:
-    def __init__(self, weights: MlpWeights) -> None:
+    def __init__(self, weights: MlpWeights, make_linear: MakeLinear) -> None:
         self._project_gate_up = make_linear(weights.gate_up_OE, weights.gate_up_bias_O)
         self._project_down = make_linear(weights.down_EF, weights.down_bias_E)
 

@@ -12,6 +12,14 @@ from kvrelay_kernels.attention import AttentionBatch
 
 
 @dataclass(frozen=True, slots=True)
+class LogitsRows:
+    """Some tokens of the batch, each the last one of its sequence, so that it sees the whole context."""
+
+    rows_R: Tensor  # int64, ascending
+    attention: AttentionBatch  # of these tokens alone
+
+
+@dataclass(frozen=True, slots=True)
 class ModelStep:
     """Token i of the batch is `token_ids_N[i]` at `positions_N[i]`; its KV goes to `slots_N[i]`. All int64.
 
@@ -22,7 +30,7 @@ class ModelStep:
     token_ids_N: Tensor
     positions_N: Tensor
     slots_N: Tensor  # block * block_tokens + offset
-    logits_rows_R: Tensor  # tokens whose logits are wanted, ascending
     attention: AttentionBatch
+    logits: LogitsRows | None  # the tokens whose logits are wanted; None: all
     positions_3N: Tensor | None = None
     media: Sequence[MediaRows] = ()  # `first` counts the tokens of the batch

@@ -7,12 +7,13 @@ from torch import Tensor
 from kvrelay_engine.model_config import ModelConfig
 from kvrelay_engine.models.layers.attention import Attention, AttentionWeights
 from kvrelay_engine.models.layers.decoder import Decoder, DecoderWeights
+from kvrelay_engine.models.layers.linear import MakeLinear
 from kvrelay_kernels.norm import rms_norm
 
 
 class QkNormAttention(Attention):
-    def __init__(self, config: ModelConfig, weights: AttentionWeights) -> None:
-        super().__init__(config, weights)
+    def __init__(self, config: ModelConfig, weights: AttentionWeights, make_linear: MakeLinear) -> None:
+        super().__init__(config, weights, make_linear)
         assert weights.query_norm_D is not None and weights.key_norm_D is not None
         self._query_norm_D = weights.query_norm_D
         self._key_norm_D = weights.key_norm_D
@@ -22,5 +23,5 @@ class QkNormAttention(Attention):
         return rms_norm(q_NHD, self._query_norm_D, self._eps), rms_norm(k_NKD, self._key_norm_D, self._eps)
 
 
-def build(config: ModelConfig, weights: DecoderWeights) -> Decoder:
-    return Decoder(config, weights, QkNormAttention)
+def build(config: ModelConfig, weights: DecoderWeights, make_linear: MakeLinear) -> Decoder:
+    return Decoder(config, weights, QkNormAttention, make_linear)
