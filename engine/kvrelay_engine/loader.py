@@ -82,8 +82,7 @@ def load_model(
         weights = architecture.read_weights(reader, config)
         reader.check_complete()
         decoder = architecture.build(config, weights, make_linear)
-        rope_bytes = config.max_model_len * config.head_dim * 4
-        weight_bytes = reader.size_bytes + decoder.copied_bytes + rope_bytes
+        weight_bytes = reader.size_bytes + decoder.copied_bytes + decoder.table_bytes
     fingerprint = _fingerprint(reader.files, config, dtype)
     return LoadedModel(config, decoder, dtype, torch_device, fingerprint, weight_bytes)
 

@@ -15,8 +15,17 @@ from kvrelay_engine.rope_config import MropeConfig, RopeConfig
 
 
 @dataclass(frozen=True, slots=True)
+class LocalAttention:
+    """Some layers see only the last tokens, and have a RoPE of their own."""
+
+    window: int  # tokens that a token sees, itself included
+    is_local: tuple[bool, ...]  # by layer
+    rope: RopeConfig
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A decoder-only transformer with RoPE, grouped-query attention, RMS norms and a gated SiLU MLP."""
+    """A decoder-only transformer with RoPE, grouped-query attention, RMS norms and a gated MLP."""
 
     architecture: str  # as config.json names it, e.g. LlamaForCausalLM
     vocab_size: int
@@ -35,6 +44,11 @@ class ModelConfig:
     output_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False
     mrope: MropeConfig | None = None  # None: a token has one position, not three
+    local: LocalAttention | None = None  # None: every layer sees the whole context
+    attention_scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
+    embedding_scale: float | None = None  # of the embeddings of tokens, not of media; None: 1
+    activation: str | None = None  # of the MLP's gate; None: silu
+    media_see_ahead: bool = False  # the tokens of an image see each other in both directions
 
     def validate(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
@@ -47,6 +61,8 @@ class ModelConfig:
             )
         if self.head_dim < 2 or self.head_dim % 2:
             raise ConfigError(f"config.json: head_dim must be even for RoPE, not {self.head_dim}")
+        if self.local is not None and self.local.window < 1:
+            raise ConfigError(f"config.json: sliding_window must be at least 1, not {self.local.window}")
         if self.mrope is not None and sum(self.mrope.sections) != self.head_dim // 2:
             raise ConfigError(
                 f"config.json: mrope_section {list(self.mrope.sections)} must add up to {self.head_dim // 2}, "
@@ -61,7 +77,12 @@ class ModelConfig:
         return 2 * num_tokens * per_token * element_bytes + num_logits_rows * self.vocab_size * (element_bytes + 12)
 
     def maths_fingerprint_fields(self) -> bytes:
-        """Canonical encoding of everything that changes what is computed from the same weight files."""
+        """Canonical encoding of everything that changes what is computed from the same weight files.
+
+        What most architectures do not have is only there where it is: so their fingerprints stay what they were.
+        """
         fields = {name: value for name, value in asdict(self).items() if value is not None}
         del fields["max_model_len"], fields["dtype"]
+        if not self.media_see_ahead:
+            del fields["media_see_ahead"]
         return msgspec.json.encode(fields, order="deterministic")

@@ -30,7 +30,7 @@ class ModelRunner:
         self._model = loaded.model
         self._pool = pool
         self._layer_pools = [pool[:, layer] for layer in range(layout.num_layers)]
-        self._steps = StepBuilder(layout.block_tokens, loaded.device)
+        self._steps = StepBuilder(layout.block_tokens, loaded.device, media_see_ahead=loaded.config.media_see_ahead)
 
     def run(self, batch: Sequence[BatchRow]) -> Tensor:
         """See `runner.Runner.run`."""

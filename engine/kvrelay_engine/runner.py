@@ -14,7 +14,10 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class MediaRows:
-    """Tokens `first : first + n` take these embeddings [n, E] in place of those of their ids."""
+    """Tokens `first : first + n` take these embeddings [n, E] in place of those of their ids.
+
+    Where a model's images see themselves in both directions (`ModelConfig.media_see_ahead`), it is a whole image.
+    """
 
     first: int
     rows: torch.Tensor

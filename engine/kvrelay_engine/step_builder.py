@@ -18,8 +18,10 @@ from kvrelay_kernels.attention import AttentionBatch
 
 
 class StepBuilder:
-    def __init__(self, block_tokens: int, device: torch.device) -> None:
+    def __init__(self, block_tokens: int, device: torch.device, *, media_see_ahead: bool = False) -> None:
+        """With `media_see_ahead` the tokens of each of a row's media see all of it: it must come whole."""
         self._block_tokens = block_tokens
+        self._media_see_ahead = media_see_ahead
         self._device = device
 
     def build(self, batch: Sequence[BatchRow]) -> ModelStep:
@@ -31,13 +33,13 @@ class StepBuilder:
             if row.wants_logits:
                 wanted.append(index)
         logits_rows = [query_starts[index + 1] - 1 for index in wanted]
+        media = _place_in_batch(batch, query_starts)
         wide = self._lay_out_tokens(batch, query_starts, logits_rows)
         num_tokens = query_starts[-1]
         token_ids_N, positions_N, slots_N, rows_R = wide.split_with_sizes([num_tokens] * 3 + [len(logits_rows)])
         attention = self._attention_batch(batch, query_starts, context_lens)
         logits = None if len(wanted) == num_tokens else LogitsRows(rows_R, attention.last_tokens(wanted))
         positions_3N = self._mrope_positions(batch, query_starts)
-        media = _place_in_batch(batch, query_starts)
         return ModelStep(token_ids_N, positions_N, slots_N, attention, logits, positions_3N, media)
 
     def _lay_out_tokens(self, batch: Sequence[BatchRow], query_starts: list[int], logits_rows: list[int]) -> Tensor:
@@ -87,6 +89,7 @@ class StepBuilder:
         flat[table_size : table_size + num_sequences + 1] = query_starts
         flat[table_size + num_sequences + 1 :] = context_lens
         narrow = torch.from_numpy(flat).to(self._device, non_blocking=True)
+        last_visible = self._last_visible(batch)
         tables, starts_B1, lens_B = narrow.split_with_sizes([table_size, num_sequences + 1, num_sequences])
         return AttentionBatch(
             query_starts=query_starts,
@@ -95,7 +98,24 @@ class StepBuilder:
             max_query_len=max(len(row.token_ids) for row in batch),
             query_starts_B1=starts_B1,
             context_lens_B=lens_B,
+            last_visible=last_visible,
+            last_visible_N=None
+            if last_visible is None
+            else torch.tensor(last_visible, dtype=torch.int32).to(self._device, non_blocking=True),
         )
+
+    def _last_visible(self, batch: Sequence[BatchRow]) -> list[int] | None:
+        """For each token the last position that it sees; None where that is its own everywhere."""
+        if not self._media_see_ahead or not any(row.media for row in batch):
+            return None
+        last_visible = []
+        for row in batch:
+            last = list(range(row.start, row.start + len(row.token_ids)))
+            for item in row.media:
+                end = item.first + len(item.rows)
+                last[item.first : end] = [row.start + end - 1] * len(item.rows)
+            last_visible += last
+        return last_visible
 
 
 def _place_in_batch(batch: Sequence[BatchRow], query_starts: list[int]) -> list[MediaRows]:

@@ -68,9 +68,12 @@ class WeightReader:
         shapes: list[list[int]] = [handle.get_slice(name).get_shape() for name, handle in self._handle_of.items()]
         return sum(map(prod, shapes)) * self._dtype.itemsize
 
-    def read(self, name: str, shape: Sequence[int]) -> Tensor:
-        """The tensor of that name. One that is absent or of another shape is noted and left undefined."""
-        out = torch.empty(tuple(shape), dtype=self._dtype, device=self._device)
+    def read(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor of that name, in the wanted dtype where it needs none of its own.
+
+        One that is absent or of another shape is noted and left undefined.
+        """
+        out = torch.empty(tuple(shape), dtype=dtype or self._dtype, device=self._device)
         self._read_into(out, name)
         return out
 

@@ -88,7 +88,7 @@ class ModelRig:
     def step(self, sequences: Sequence[RigSequence], chunk_tokens: int = 10_000) -> None:
         rows = []
         for sequence in sequences:
-            chunk = sequence.tokens[sequence.num_computed :][:chunk_tokens]
+            chunk = sequence.tokens[sequence.num_computed : self._chunk_end(sequence, chunk_tokens)]
             is_last = sequence.num_computed + len(chunk) == len(sequence.tokens)
             rows.append(self._row(sequence, chunk, is_last))
             sequence.num_computed += len(chunk)
@@ -97,6 +97,14 @@ class ModelRig:
         for sequence, row in zip(sequences, rows, strict=True):
             if row.wants_logits:
                 sequence.tokens.append(next(best))
+
+    def _chunk_end(self, sequence: RigSequence, chunk_tokens: int) -> int:
+        """Behind an image that the chunk would split, where its tokens see each other in both directions."""
+        end = sequence.num_computed + chunk_tokens
+        for image in sequence.images:
+            if self.loaded.config.media_see_ahead and image.offset < end < image.offset + image.num_tokens:
+                return image.offset + image.num_tokens
+        return end
 
     def _row(self, sequence: RigSequence, chunk: list[int], is_last: bool) -> BatchRow:
         start, end = sequence.num_computed, sequence.num_computed + len(chunk)

@@ -49,6 +49,33 @@ _QWEN_VISION: dict[str, Any] = {
     "fullatt_block_indexes": [1],
     "out_hidden_size": 64,
 }
+_GEMMA_TEXT: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "intermediate_size": 144,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "query_pre_attn_scalar": 20,
+    "vocab_size": VOCAB_SIZE,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+# 8 x 8 patches, pooled to 16 tokens: as many as a grid of (1, 8, 8) makes for Qwen.
+_GEMMA_VISION: dict[str, Any] = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 4,
+    "vision_use_head": False,
+}
+GEMMA_IMAGE: Grid = (1, 8, 8)
 
 
 @dataclass
@@ -89,6 +116,71 @@ def make_qwen_vl(
     return directory
 
 
+def make_gemma(
+    directory: Path,
+    *,
+    seed: int = 0,
+    text_only: bool = False,
+    window: int = 24,
+    layer_types: str = "llgl",
+    tie_embeddings: bool = True,
+    rope_scaling: dict[str, Any] | None = None,
+    **text_fields: Any,
+) -> Path:
+    """Writes a Gemma 3 checkpoint as transformers 5 does; `layer_types` has l for local and g for global layers."""
+    import transformers
+
+    text = {
+        **_GEMMA_TEXT,
+        "num_hidden_layers": len(layer_types),
+        "layer_types": [{"l": "sliding_attention", "g": "full_attention"}[kind] for kind in layer_types],
+        "sliding_window": window,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "default", "rope_theta": 5000.0, **(rope_scaling or {})},
+        },
+        "tie_word_embeddings": tie_embeddings,
+        **text_fields,
+    }
+    with quiet_transformers():
+        model: Any
+        if text_only:
+            model = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**text)).eval()
+            draw_gemma(model, seed)
+        else:
+            config = transformers.Gemma3Config(
+                text_config=text,
+                vision_config=dict(_GEMMA_VISION),
+                mm_tokens_per_image=16,
+                image_token_index=IMAGE_TOKEN,
+                boi_token_index=START_TOKEN,
+                eoi_token_index=END_TOKEN,
+                tie_word_embeddings=tie_embeddings,
+            )
+            model = transformers.Gemma3ForConditionalGeneration(config).eval()
+            draw_gemma(model, seed)
+            draw_tower(model.model.vision_tower, seed)
+            draw_tower(model.model.multi_modal_projector, seed)
+        model.save_pretrained(directory)
+    return directory
+
+
+def draw_gemma(model: Any, seed: int) -> None:
+    """As `draw_parameters`; but a norm multiplies by one plus its weight, and embeddings are scaled up."""
+    draw_parameters(model, seed)
+    generator = torch.Generator().manual_seed(seed + 2)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if name.endswith(("q_norm.weight", "k_norm.weight")):
+                parameter.uniform_(0.0, 1.5, generator=generator)
+            elif ".post_" in name:
+                parameter.uniform_(0.5, 2.0, generator=generator)  # layers outweigh the embedding in the residual
+            elif name.endswith("norm.weight"):
+                parameter.uniform_(-0.5, 0.5, generator=generator)
+            elif name.endswith("embed_tokens.weight"):
+                parameter.mul_(0.4)
+
+
 def draw_tower(tower: Any, seed: int) -> None:
     """Scaled by what goes in, so that embeddings of media are as large as those of text, and all parameters matter."""
     generator = torch.Generator().manual_seed(seed + 1)
@@ -125,6 +217,25 @@ def flatten_config(model_dir: Path) -> None:
 # ---------------------------------------------------------------------------------------------- reference
 
 
+def lay_out(layout: Layout, seed: int) -> tuple[list[int], list[int], list[Grid]]:
+    """The prompt, and where its images are, and their grids."""
+    text = random.Random(seed)
+    prompt: list[int] = []
+    offsets, grids = [], []
+    for part in layout:
+        if isinstance(part, int):
+            prompt += [text.randrange(IMAGE_TOKEN) for _ in range(part)]
+            continue
+        offsets.append(len(prompt))
+        grids.append(part)
+        prompt += [IMAGE_TOKEN] * (math.prod(part) // 4)
+    return prompt, offsets, grids
+
+
+def token_types(prompt: list[int]) -> torch.Tensor:
+    return torch.tensor([[int(token == IMAGE_TOKEN) for token in prompt]], dtype=torch.int32)
+
+
 class QwenReference:
     """`transformers`' model in float32 on the CPU."""
 
@@ -137,19 +248,8 @@ class QwenReference:
             ).eval()
 
     def question(self, layout: Layout, seed: int) -> Question:
-        """Images stand between their start and end tokens, where there is room; see `Layout`."""
         generator = torch.Generator().manual_seed(seed)
-        text = random.Random(seed)
-        prompt: list[int] = []
-        grids: list[Grid] = []
-        offsets = []
-        for part in layout:
-            if isinstance(part, int):
-                prompt += [text.randrange(IMAGE_TOKEN) for _ in range(part)]
-                continue
-            offsets.append(len(prompt))
-            grids.append(part)
-            prompt += [IMAGE_TOKEN] * (math.prod(part) // 4)
+        prompt, offsets, grids = lay_out(layout, seed)
         if not grids:
             return Question(prompt)
         pixels = torch.randn(sum(map(math.prod, grids)), 3 * 2 * 4 * 4, generator=generator)
@@ -157,10 +257,32 @@ class QwenReference:
         with torch.inference_mode():
             rows = self.model.get_image_features(pixels, grid_thw).pooler_output
         images = [PlacedImage(*item) for item in zip(offsets, rows, grids, strict=True)]
-        types = torch.tensor([[int(token == IMAGE_TOKEN) for token in prompt]], dtype=torch.int32)
-        return Question(
-            prompt, images, {"pixel_values": pixels, "image_grid_thw": grid_thw, "mm_token_type_ids": types}
-        )
+        inputs = {"pixel_values": pixels, "image_grid_thw": grid_thw, "mm_token_type_ids": token_types(prompt)}
+        return Question(prompt, images, inputs)
+
+
+class GemmaReference:
+    """`transformers`' model in float32 on the CPU."""
+
+    def __init__(self, model_dir: Path, *, text_only: bool = False) -> None:
+        import transformers
+
+        classes: Any = transformers
+        loaded_class = classes.Gemma3ForCausalLM if text_only else classes.Gemma3ForConditionalGeneration
+        with quiet_transformers():
+            self.model: Any = loaded_class.from_pretrained(model_dir, dtype=torch.float32).eval()
+
+    def question(self, layout: Layout, seed: int) -> Question:
+        """Every image of the layout is a `GEMMA_IMAGE`."""
+        generator = torch.Generator().manual_seed(seed)
+        prompt, offsets, grids = lay_out(layout, seed)
+        if not grids:
+            return Question(prompt)
+        pixels = torch.randn(len(grids), 3, 32, 32, generator=generator)
+        with torch.inference_mode():
+            rows = self.model.get_image_features(pixels).pooler_output
+        images = [PlacedImage(*item) for item in zip(offsets, rows, strict=True)]
+        return Question(prompt, images, {"pixel_values": pixels, "token_type_ids": token_types(prompt)})
 
 
 def reference_answer(reference: Any, question: Question, num_tokens: int) -> tuple[list[int], torch.Tensor]:

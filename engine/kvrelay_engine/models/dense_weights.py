@@ -30,7 +30,7 @@ def read_decoder(
                 input_norm_E=reader.read(f"{prefix}.input_layernorm.weight", (config.hidden_size,)),
                 attention=read_attention(reader, config, f"{prefix}.self_attn"),
                 mlp_norm_E=reader.read(f"{prefix}.post_attention_layernorm.weight", (config.hidden_size,)),
-                mlp=_read_mlp(reader, config, f"{prefix}.mlp"),
+                mlp=read_mlp(reader, config, f"{prefix}.mlp"),
             )
         )
     if config.tie_embeddings:
@@ -55,7 +55,7 @@ def read_attention(reader: WeightReader, config: ModelConfig, prefix: str) -> At
     )
 
 
-def _read_mlp(reader: WeightReader, config: ModelConfig, prefix: str) -> MlpWeights:
+def read_mlp(reader: WeightReader, config: ModelConfig, prefix: str) -> MlpWeights:
     projections, rows = [f"{prefix}.gate_proj", f"{prefix}.up_proj"], [config.intermediate_size] * 2
     down = f"{prefix}.down_proj"
     return MlpWeights(

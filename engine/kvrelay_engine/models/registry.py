@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from kvrelay_core.errors import ConfigError
 from kvrelay_engine.config_fields import ConfigFields
 from kvrelay_engine.model_config import ModelConfig
-from kvrelay_engine.models import llama, qwen2, qwen2_5_vl, qwen3
+from kvrelay_engine.models import gemma3, llama, qwen2, qwen2_5_vl, qwen3
 from kvrelay_engine.models.layers.decoder import Decoder, DecoderWeights
 from kvrelay_engine.models.layers.linear import MakeLinear
 from kvrelay_engine.weight_reader import WeightReader
@@ -45,6 +45,19 @@ ARCHITECTURES = {
             qwen2_5_vl.weights.read_weights,
             qwen2_5_vl.model.build,
             qwen2_5_vl.weights.VISION_PREFIXES,
+        ),
+        Architecture(
+            gemma3.config.TEXT_ARCHITECTURE,
+            gemma3.config.read_text_config,
+            gemma3.weights.read_weights,
+            gemma3.model.build,
+        ),
+        Architecture(
+            gemma3.config.ARCHITECTURE,
+            gemma3.config.read_config,
+            gemma3.weights.read_weights,
+            gemma3.model.build,
+            gemma3.weights.VISION_PREFIXES,
         ),
     )
 }

@@ -112,6 +112,52 @@ QWEN2_5_VL_7B: Json = {
     "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
     "vocab_size": 152064,
 }
+# The published files: what has transformers' default is left out of the first.
+GEMMA3_4B: Json = {
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "boi_token_index": 255999,
+    "eoi_token_index": 256000,
+    "eos_token_id": [1, 106],
+    "image_token_index": 262144,
+    "initializer_range": 0.02,
+    "mm_tokens_per_image": 256,
+    "model_type": "gemma3",
+    "text_config": {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    },
+    "torch_dtype": "bfloat16",
+    "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model", "num_hidden_layers": 27},
+}
+GEMMA3_1B: Json = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "attention_bias": False,
+    "attn_logit_softcapping": None,
+    "cache_implementation": "hybrid",
+    "final_logit_softcapping": None,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 1152,
+    "intermediate_size": 6912,
+    "max_position_embeddings": 32768,
+    "model_type": "gemma3_text",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 1,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06,
+    "rope_local_base_freq": 10000,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 262144,
+}
 YARN: Json = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 
 
@@ -178,12 +224,61 @@ def test_qwen2_5_vl_scaled_and_tied(tmp_path: Path) -> None:
     assert config.mrope == MropeConfig((16, 24, 24), 2)
 
 
+def test_gemma3_with_vision(tmp_path: Path) -> None:
+    config = parse(tmp_path, GEMMA3_4B)
+    assert (config.vocab_size, config.num_heads, config.num_kv_heads, config.head_dim) == (262208, 8, 4, 256)
+    assert (config.max_model_len, config.rope) == (131072, RopeConfig("linear", 1_000_000.0, factor=8.0))
+    assert config.local is not None
+    assert (config.local.window, config.local.rope) == (1024, RopeConfig("default", 10_000.0))
+    assert [index for index, is_local in enumerate(config.local.is_local) if not is_local] == [5, 11, 17, 23, 29]
+    assert (config.attention_scale, config.embedding_scale) == (1 / 16, 2560**0.5)
+    assert (config.activation, config.tie_embeddings, config.dtype) == ("gelu_pytorch_tanh", True, "bfloat16")
+    assert config.media_see_ahead
+
+
+def test_gemma3_text_model(tmp_path: Path) -> None:
+    config = parse(tmp_path, GEMMA3_1B)
+    assert (config.num_layers, config.max_model_len, config.rope) == (26, 32768, RopeConfig("default", 1_000_000.0))
+    assert config.local is not None
+    assert (config.local.window, sum(config.local.is_local)) == (512, 22)
+    assert not config.media_see_ahead
+
+
+def test_gemma3_of_transformers_5_has_a_rope_for_each_type_of_layer(tmp_path: Path) -> None:
+    new = {name: value for name, value in GEMMA3_1B.items() if not name.startswith(("rope_", "sliding_window_"))}
+    new["rope_parameters"] = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000},
+        "full_attention": {"rope_type": "default", "rope_theta": 1000000},
+    }
+    new["layer_types"] = ["full_attention" if index % 6 == 5 else "sliding_attention" for index in range(26)]
+    assert parse(tmp_path, new) == parse(tmp_path, GEMMA3_1B)
+
+
 def test_the_maths_of_mrope_are_in_the_fingerprint_and_leave_that_of_others_alone(tmp_path: Path) -> None:
     plain = parse(tmp_path, QWEN2_5_7B)
     assert b"mrope" not in plain.maths_fingerprint_fields()
     other = {**QWEN2_5_VL_7B, "rope_scaling": {"type": "mrope", "mrope_section": [24, 24, 16]}}
     fields = [parse(tmp_path, config).maths_fingerprint_fields() for config in (QWEN2_5_VL_7B, other)]
     assert fields[0] != fields[1]
+
+
+def test_the_fingerprint_of_a_plain_model_is_of_the_same_fields_as_ever(tmp_path: Path) -> None:
+    fields = json.loads(parse(tmp_path, QWEN2_5_7B).maths_fingerprint_fields())
+    assert list(fields) == sorted(fields)
+    assert set(fields) == {
+        "architecture", "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
+        "head_dim", "rms_norm_eps", "rope", "tie_embeddings", "qkv_bias", "output_bias", "mlp_bias",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"sliding_window": 511}, {"sliding_window_pattern": 5}, {"rope_local_base_freq": 9}, {"query_pre_attn_scalar": 9}],
+    ids=str,
+)
+def test_the_maths_of_local_layers_are_in_the_fingerprint(tmp_path: Path, change: Json) -> None:
+    before = parse(tmp_path, GEMMA3_1B).maths_fingerprint_fields()
+    assert parse(tmp_path, {**GEMMA3_1B, **change}).maths_fingerprint_fields() != before
 
 
 @pytest.mark.parametrize("scaling", [LLAMA_3_2_1B["rope_scaling"], YARN, {"rope_type": "linear", "factor": 2.0}, None])
@@ -243,6 +338,15 @@ def test_absent_fields_have_the_defaults_of_transformers(tmp_path: Path) -> None
         (LLAMA_3_2_1B, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         (QWEN2_5_7B, {"use_sliding_window": True}, "use_sliding_window true is not supported"),
         (QWEN3_0_6B, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types sliding_attention"),
+        (GEMMA3_1B, {"final_logit_softcapping": 30.0}, "final_logit_softcapping is not supported"),
+        (GEMMA3_1B, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is not supported"),
+        (GEMMA3_1B, {"hidden_activation": "gelu"}, "hidden_activation 'gelu' is not supported"),
+        (GEMMA3_1B, {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        (GEMMA3_1B, {"layer_types": ["full_attention"]}, "for each of 26 layers"),
+        (GEMMA3_1B, {"layer_types": ["full_attention"] * 25 + ["linear"]}, "for each of 26 layers"),
+        (GEMMA3_1B, {"sliding_window_pattern": 0}, "sliding_window_pattern must be at least 1"),
+        (GEMMA3_1B, {"sliding_window": 0}, "sliding_window must be at least 1"),
+        (GEMMA3_1B, {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar must be positive"),
         (QWEN2_5_VL_7B, {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24]}}, "mrope_section must be three"),
         (QWEN2_5_VL_7B, {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 8]}}, "must add up to 64"),
         (QWEN2_5_VL_7B, {"rope_scaling": {"type": "mrope", "mrope_section": "16"}}, "must be a list of integers"),

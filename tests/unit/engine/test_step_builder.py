@@ -105,3 +105,18 @@ def test_tokens_that_want_logits_attend_alone_to_their_whole_context() -> None:
 
 def test_decoding_alone_wants_the_logits_of_all() -> None:
     assert BUILDER.build([BatchRow([8], 9, [2, 4, 6], True), BatchRow([7], 3, [1], True)]).logits is None
+
+
+def test_tokens_of_an_image_see_all_of_it_where_the_model_has_it_so() -> None:
+    rows = [
+        BatchRow([1, 1], 6, [1, 2], True),
+        BatchRow([5, 6, 7, 8, 9], 3, [2, 3], True, [MediaRows(1, torch.zeros(2, 8)), MediaRows(3, torch.zeros(2, 8))]),
+        BatchRow([8], 9, [2, 4, 6], True),
+    ]
+    builder = StepBuilder(4, CPU, media_see_ahead=True)
+    attention = builder.build(rows).attention
+    assert attention.last_visible == [6, 7, 3, 5, 5, 7, 7, 9]
+    assert attention.last_visible_N is not None
+    assert attention.last_visible_N.tolist() == attention.last_visible
+    assert builder.build(rows[::2]).attention.last_visible is None
+    assert BUILDER.build(rows).attention.last_visible is None

@@ -26,12 +26,16 @@ class AttentionWeights:
 
 
 class Attention:
-    """Causal grouped-query attention with RoPE."""
+    """Grouped-query attention with RoPE, over the whole context or through a window."""
 
-    def __init__(self, config: ModelConfig, weights: AttentionWeights, make_linear: MakeLinear) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: AttentionWeights, make_linear: MakeLinear, window: int = 0
+    ) -> None:
+        """`window` is the tokens that a token sees, itself included; 0: all before it."""
         self._head_dim = config.head_dim
         self._heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
-        self._scale = config.head_dim**-0.5
+        self._scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+        self._window = window
         self._project_qkv = make_linear(weights.qkv_OE, weights.qkv_bias_O)
         self._project_output = make_linear(weights.output_EQ, weights.output_bias_E)
 
@@ -53,7 +57,7 @@ class Attention:
             q_NHD, attention = q_NHD.index_select(0, only.rows_R), only.attention
             if not attention.num_sequences:
                 return x_NE[:0]
-        out_NHD = paged_attention(q_NHD, layer_pool, attention, self._scale)
+        out_NHD = paged_attention(q_NHD, layer_pool, attention, self._scale, self._window)
         return self._project_output(out_NHD.flatten(1))
 
     def normalise(self, q_NHD: Tensor, k_NKD: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,10 @@ class Rope:
         self._cos_sin_PD = cos_sin_PD
         self._component_D = None if mrope is None else _component_of(mrope, cos_sin_PD.device)
 
+    @property
+    def size_bytes(self) -> int:
+        return self._cos_sin_PD.nbytes
+
     def rows(self, step: ModelStep) -> RopeRows:
         positions_3N = step.positions_3N
         if positions_3N is None:
