@@ -1,4 +1,4 @@
-"""One multiplexed Session with one worker: connect, describe, read, write, and come back after a loss.
+"""One multiplexed Session with one worker: connect, wait until it has loaded, read, write, and come back after a loss.
 
 What prefill and decode sessions share. A worker goes on while its transport is lost: within `reattach_s` the router
 comes back to the same engine and names its requests again (PROTOCOL B3, C7). Later, or when the engine restarted
@@ -19,17 +19,19 @@ from typing import Any, Generic, TypeVar
 
 import grpc
 
+from kvrelay.v1 import worker_pb2_grpc
 from kvrelay.v1.prefill_pb2 import SessionWelcome
-from kvrelay.v1.worker_pb2 import DescribeRequest, DescribeResponse, WatchLoadRequest, WatchLoadResponse
-from kvrelay.v1.worker_pb2_grpc import WorkerServiceStub
+from kvrelay.v1.worker_pb2 import DESCRIPTOR, DescribeRequest, DescribeResponse, WatchLoadRequest, WatchLoadResponse
 from kvrelay_core.errors import KvRelayError, MismatchError, UnavailableError, WorkerLostError
 from kvrelay_core.rpc.channel import TlsFiles, open_channel
+from kvrelay_core.rpc.health import wait_serving
 from kvrelay_core.rpc.status import error_from_rpc
 
 log = logging.getLogger(__name__)
 
 MAX_QUEUED_MESSAGES = 16384
 CONNECT_TIMEOUT_S = 5.0
+LOADING_TIMEOUT_S = 60.0  # of a worker that answers; then it is connected anew
 WRITE_TIMEOUT_S = 5.0
 LOAD_INTERVAL_S = 1.0
 FIRST_BACKOFF_S = 0.1
@@ -37,6 +39,8 @@ MAX_BACKOFF_S = 2.0
 # While requests wait to be named again, the worker may answer at any moment.
 REATTACH_TIMEOUT_S = 1.0
 REATTACH_BACKOFF_S = 0.2
+
+_WORKER_SERVICE = DESCRIPTOR.services_by_name["WorkerService"].full_name
 
 Entry = TypeVar("Entry")
 
@@ -152,8 +156,8 @@ class WorkerSession(ABC, Generic[Entry]):
         timeout_s = REATTACH_TIMEOUT_S if self._open else CONNECT_TIMEOUT_S
         channel = open_channel(self.key, self._terms.tls)
         try:
-            stub = WorkerServiceStub(channel)
-            description = await stub.Describe(DescribeRequest(), timeout=timeout_s, wait_for_ready=True)
+            stub = worker_pb2_grpc.WorkerServiceStub(channel)
+            description = await self._describe(channel, stub, timeout_s)
             self._terms.admit(self, description)
             self.description = description
             call = self._open_stream(channel)
@@ -173,6 +177,21 @@ class WorkerSession(ABC, Generic[Entry]):
             raise WorkerLostError(f"the session with {self._name} broke; see the log", peer=self.key) from error
         finally:
             await channel.close()
+
+    async def _describe(
+        self, channel: grpc.aio.Channel, stub: worker_pb2_grpc.WorkerServiceAsyncStub, timeout_s: float
+    ) -> DescribeResponse:
+        """Waits for as long as the worker loads its model; raises what it answers instead, or the loss."""
+        try:
+            return await stub.Describe(DescribeRequest(), timeout=timeout_s, wait_for_ready=True)
+        except grpc.aio.AioRpcError as error:
+            typed = error_from_rpc(error, self._name)
+            if isinstance(typed, WorkerLostError) or not isinstance(typed, UnavailableError):
+                raise
+            log.debug("%s: %s", self._name, typed.message)
+        async with asyncio.timeout(LOADING_TIMEOUT_S):
+            await wait_serving(channel, _WORKER_SERVICE)
+        return await stub.Describe(DescribeRequest(), timeout=timeout_s)
 
     async def _handshake(self, call: Any, timeout_s: float) -> None:
         async with asyncio.timeout(timeout_s):

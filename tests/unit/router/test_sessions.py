@@ -9,8 +9,30 @@ import pytest
 from fake_relay import Relay, RelayMaker, first_call, tokens
 from fake_worker import FakeDecode, FakePrefill, decode_well, prefill_well
 
+from kvrelay.v1 import worker_pb2
 from kvrelay_core.errors import DrainingError, UnavailableError
+from kvrelay_router import worker_session
 from kvrelay_router.worker_session import WorkerState
+
+
+class LoadingDecode(FakeDecode):
+    """Loads its model until the test ends that."""
+
+    def __init__(self, worker_id: str) -> None:
+        super().__init__(worker_id)
+        self.was_asked_too_early = asyncio.Event()
+        self._is_loading = True
+
+    def describe(self) -> worker_pb2.DescribeResponse:
+        if self._is_loading:
+            self.was_asked_too_early.set()
+            raise UnavailableError("the engine is still loading its model; try again soon")
+        return super().describe()
+
+    async def end_loading(self) -> None:
+        self._is_loading = False
+        assert self._server is not None
+        await self._server.set_serving("kvrelay.v1.WorkerService", True)
 
 
 async def until(relay: Relay, state: WorkerState, worker: FakePrefill | FakeDecode) -> None:
@@ -76,6 +98,21 @@ async def test_a_restarted_prefill_has_lost_its_requests(make_relay: RelayMaker)
     assert again.attempt.attempt == 2
     await prefill_well(again)
     assert (await request).token_ids == tokens(3)
+
+
+async def test_a_worker_is_served_as_soon_as_it_has_loaded(
+    make_relay: RelayMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says so itself: the router would look again an hour later."""
+    monkeypatch.setattr(worker_session, "FIRST_BACKOFF_S", 3600.0)
+    monkeypatch.setattr(worker_session, "MAX_BACKOFF_S", 3600.0)
+    prefill, decode = FakePrefill("prefill-0"), LoadingDecode("decode-0")
+    await prefill.start()
+    await decode.start()
+    making = asyncio.ensure_future(make_relay.connect([prefill], [decode]))
+    await decode.was_asked_too_early.wait()
+    await decode.end_loading()
+    assert (await making).server.registry.is_ready
 
 
 async def test_a_prefill_that_stays_away_has_lost_its_requests(make_relay: RelayMaker) -> None:
