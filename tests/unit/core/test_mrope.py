@@ -11,6 +11,7 @@ import torch
 
 from kvrelay_core.errors import InvalidRequestError
 from kvrelay_core.media.mrope import MropePositions, mrope_positions
+from kvrelay_core.request import MediaReference
 
 Grid = tuple[int, int, int]
 
@@ -79,6 +80,12 @@ def test_touching_images_are_two() -> None:
     components, delta = mrope_positions(num_tokens, items)
     assert components == ([0, 1, 1, 3, 3, 5], [0, 1, 1, 3, 4, 5], [0, 1, 2, 3, 3, 5])
     assert delta == 0
+
+
+def test_media_references_of_a_request_fit() -> None:
+    references = [MediaReference(b"hash", 1, 2, (1, 2, 4)), MediaReference(b"other", 3, 2, (1, 4, 2))]
+    num_tokens, items = lay_out([1, (1, 2, 4), (1, 4, 2), 1])
+    assert mrope_positions(num_tokens, references) == mrope_positions(num_tokens, items)
 
 
 def test_the_merge_size_is_the_configurations() -> None:
