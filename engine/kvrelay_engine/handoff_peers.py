@@ -2,8 +2,8 @@
 
 A connector whose reads keep failing is left for the next one that connects, and tried again after a rest
 (`link_health`). The link that was left stays open until what was posted on it has ended. A peer that announces a new
-epoch has restarted: its old link is closed, which tears down what was posted on it. Knows nothing of tickets or
-requests.
+epoch has restarted: its old link is closed, which tears down what was posted on it, and what was known of it is
+forgotten; one that only was away goes on where it was. Knows nothing of tickets or requests.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from kvrelay_core.clock import Clock
 from kvrelay_core.error_info import info_of
 from kvrelay_core.errors import KvRelayError, TransferError
-from kvrelay_engine.link_health import LinkHealth, is_fault_of_the_way
+from kvrelay_engine.link_health import LONGEST_REST_S, LinkHealth
 from kvrelay_engine.link_reads import LinkRead
 from kvrelay_engine.link_records import LinkRecord, LinkRecords
 from kvrelay_engine.load_messages import LinkLoad
@@ -37,12 +37,21 @@ class ActiveLink:
     link: PeerLink
     record: LinkRecord
     clock: Clock
+    note: Callable[[str, str, KvRelayError | None], None]  # peer, connector, how a read ended
     is_announced: bool = False  # PeerConnected was sent, the probe being over
+    is_closed: bool = False
 
     def read(self, read: BlockRead) -> LinkRead:
-        """Posts a read that is counted."""
+        """Posts a read that is counted. How it ends may change the link of the pair, when it is polled."""
         transfer = self.link.read(read)
-        return LinkRead(transfer, read, self.peer.layout.block_bytes, self.record.stats, self.clock)
+        return LinkRead(transfer, read, self, self.peer.layout.block_bytes, self.record.stats, self.clock)
+
+    def note_read(self, error: KvRelayError | None) -> None:
+        self.note(self.peer.peer_id, self.connector, error)
+
+    def close(self) -> None:
+        self.is_closed = True
+        self.link.close()
 
     def judge(self) -> None:
         """Takes up what the probe found, when it is over."""
@@ -69,6 +78,8 @@ class PeerLinks:
         self.records = LinkRecords(clock, device)
         self._links: dict[str, ActiveLink] = {}
         self._left: list[tuple[float, ActiveLink]] = []  # when to close it
+        self._epochs: dict[str, bytes] = {}  # of the start that health and records are of
+        self._gone_at_s: dict[str, float] = {}
         self.fallbacks = 0
         self.failed_reads = 0
         self._errors: dict[str, KvRelayError] = {}  # why the last attempt to connect failed
@@ -80,26 +91,32 @@ class PeerLinks:
             known.is_announced = False
             return
         self.disconnect(peer.peer_id)
+        if self._epochs.get(peer.peer_id) != peer.engine_epoch:
+            self._forget(peer.peer_id)
+        self._epochs[peer.peer_id] = peer.engine_epoch
         try:
             self._layout.check_compatible(peer.layout)
-            self._links[peer.peer_id] = self._open(peer)
+            self._links[peer.peer_id] = self._open_any(peer)
+            self._gone_at_s.pop(peer.peer_id, None)
         except KvRelayError as error:
             self._fail(peer.peer_id, error)
 
     def disconnect(self, peer_id: str) -> None:
+        """What is known of its links is kept for a while: it may come back."""
         self._errors.pop(peer_id, None)
-        self._health.forget(peer_id)
-        self.records.forget(peer_id)
+        self._gone_at_s.setdefault(peer_id, self._clock.now())
         active = self._links.pop(peer_id, None)
         if active is not None:
-            active.link.close()
+            active.close()
         for _, left in [entry for entry in self._left if entry[1].peer.peer_id == peer_id]:
-            left.link.close()
+            left.close()
         self._left = [entry for entry in self._left if entry[1].peer.peer_id != peer_id]
 
     def tear_down(self, peer_id: str, error: KvRelayError) -> None:
-        """Closes a link that does not progress; its transfers become terminal."""
-        if peer_id in self._links:
+        """Closes a link that does not progress, which speaks against its connector; its transfers become terminal."""
+        active = self._links.get(peer_id)
+        if active is not None:
+            self._health.note_failure(peer_id, active.connector)
             self.disconnect(peer_id)
             self._fail(peer_id, error)
 
@@ -113,13 +130,14 @@ class PeerLinks:
         return None
 
     def note_read(self, peer_id: str, connector: str, error: KvRelayError | None) -> None:
-        """How a read of the peer over `connector` ended. The link may be another one afterwards."""
+        """A read of the peer over `connector` came, or failed through a fault of the way. The link may be another one
+        afterwards."""
         if error is None:
             self._health.note_success(peer_id, connector)
-        elif is_fault_of_the_way(error):
-            self.failed_reads += 1
-            if self._health.note_failure(peer_id, connector):
-                self._leave(peer_id, connector)
+            return
+        self.failed_reads += 1
+        if self._health.note_failure(peer_id, connector):
+            self._leave(peer_id, connector)
 
     @property
     def is_probing(self) -> bool:
@@ -132,7 +150,9 @@ class PeerLinks:
                 active.is_announced = True
                 self._emit(PeerConnected(peer_id, active.connector, speed.gb_per_s, speed.latency_s))
         while self._left and self._left[0][0] <= self._clock.now():
-            self._left.pop(0)[1].link.close()
+            self._left.pop(0)[1].close()
+        for peer_id in [peer_id for peer_id, gone_at_s in self._gone_at_s.items() if self._is_long_ago(gone_at_s)]:
+            self._forget(peer_id)
 
     def load(self) -> tuple[LinkLoad, ...]:
         return self.records.links({peer_id: active.connector for peer_id, active in self._links.items()})
@@ -158,7 +178,7 @@ class PeerLinks:
             self._health.rest(active.peer.peer_id, name)  # it does not even connect
         if other.connector == active.connector:
             if other is not active:
-                other.link.close()
+                other.close()
             return active
         log.info("reads from %s go by %s again", active.peer.peer_id, other.connector)
         self._replace(active, other)
@@ -184,6 +204,25 @@ class PeerLinks:
         self._links[active.peer.peer_id] = other
         self._left.append((self._clock.now() + LEFT_OPEN_S, active))
 
+    def _is_long_ago(self, gone_at_s: float) -> bool:
+        """Whatever rested then has rested by now."""
+        return self._clock.now() - gone_at_s >= LONGEST_REST_S
+
+    def _forget(self, peer_id: str) -> None:
+        self._health.forget(peer_id)
+        self.records.forget(peer_id)
+        self._epochs.pop(peer_id, None)
+        self._gone_at_s.pop(peer_id, None)
+
+    def _open_any(self, peer: PeerInfo) -> ActiveLink:
+        """Over one that rests as well, where no other connects."""
+        try:
+            return self._open(peer)
+        except TransferError:
+            if not self._health.end_rests(peer.peer_id):
+                raise
+        return self._open(peer)
+
     def _open(self, peer: PeerInfo) -> ActiveLink:
         refusals: list[str] = []
         needs_slices = self._layout.needs_slices(peer.layout)
@@ -199,9 +238,11 @@ class PeerLinks:
             except TransferError as error:
                 refusals.append(f"{connector.name}: {error.message}")
                 continue
+            if self._health.has_rested(peer.peer_id, connector.name):
+                self._health.try_again(peer.peer_id, connector.name)
             record = self.records.find(peer.peer_id, connector.name)
             record.speed = None  # this link's own probe is still to come
-            return ActiveLink(peer, connector.name, link, record, self._clock)
+            return ActiveLink(peer, connector.name, link, record, self._clock, self.note_read)
         ours = ", ".join(self._connectors) or "none"
         theirs = ", ".join(offer.name for offer in peer.offers) or "none"
         details = "; ".join(refusals) or f"no connector in common (ours: {ours}; the peer's: {theirs})"

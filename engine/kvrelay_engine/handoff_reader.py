@@ -230,9 +230,7 @@ class HandoffReader:
         for read in list(incoming.reads):
             state = read.transfer.poll()
             if not state.is_terminal:
-                if read.transfer.error is not None:  # it has failed, but is to be quarantined
-                    self.peers.note_read(read.peer_id, read.connector, read.transfer.error)
-                error = error or read.transfer.error
+                error = error or read.transfer.error  # it has failed, but is to be quarantined
                 continue
             incoming.reads.remove(read)
             try:
@@ -246,9 +244,8 @@ class HandoffReader:
     def _take_in(self, incoming: Incoming, read: PostedRead, state: TransferState) -> None:
         if state is not TransferState.DONE:
             error = read.transfer.error or TransferError(f"the read from {read.peer_id} ended as {state.value}")
-            self._try_again(incoming, read, state, error)
+            self._try_again(incoming, read, error)
             return
-        self.peers.note_read(read.peer_id, read.connector, None)
         before = incoming.num_usable
         try:
             incoming.verify(read)
@@ -260,12 +257,9 @@ class HandoffReader:
         for block, key in zip(incoming.blocks[before : incoming.num_usable], incoming.keys[before:], strict=False):
             self._pool.publish(block, key)
 
-    def _try_again(self, incoming: Incoming, read: PostedRead, state: TransferState, error: KvRelayError) -> None:
+    def _try_again(self, incoming: Incoming, read: PostedRead, error: KvRelayError) -> None:
         """A read that failed on its way is posted once more, and again whenever the pair has gone over to another
         connector since; else raises the error."""
-        if state is not TransferState.FAILED:
-            raise error
-        self.peers.note_read(read.peer_id, read.connector, error)
         active = self.peers.find(read.peer_id, incoming.ticket.engine_epoch)
         was_tried_so = read.is_second_try and active is not None and active.connector == read.connector
         if active is None or was_tried_so or incoming.failure is not None or not is_worth_another_try(error):

@@ -3,7 +3,8 @@
 Two failed reads in a row, and the connector is left for 30 s; each time that it comes back and fails again, twice as
 long, up to 10 min. A read that succeeds forgets it all. What was posted before the connector was left and ends later
 says nothing new: neither a failure of the same incident nor a success that was lucky. Only what the connector itself
-did wrong counts: a stale block or a refusal by the source says nothing about the way the bytes went. Knows no links.
+did wrong counts: a stale block or a refusal by the source says nothing about the way the bytes went. All this outlives
+the link, and whoever connects the same start of the peer once more. Knows no links.
 """
 
 from __future__ import annotations
@@ -72,8 +73,15 @@ class LinkHealth:
         record.rests_until_s = 0.0
         record.num_failures = MAX_FAILURES - 1
 
+    def end_rests(self, peer_id: str) -> bool:
+        """There is no other way. Whether any connector of the peer rested."""
+        resting = [record for key, record in self._records.items() if key[0] == peer_id and self.rests(*key)]
+        for record in resting:
+            record.rests_until_s = self._clock.now()
+        return bool(resting)
+
     def forget(self, peer_id: str) -> None:
-        """The peer has restarted, or is gone."""
+        """The peer has restarted, or is gone for long."""
         for key in [key for key in self._records if key[0] == peer_id]:
             del self._records[key]
 

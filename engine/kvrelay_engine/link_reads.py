@@ -1,21 +1,45 @@
-"""A read over one link, counted: the connector's transfer, and how it ended. Knows no tickets and no peers."""
+"""A read over one link, counted: the connector's transfer, and how it ended, once, which its link is told as well.
+
+Knows no tickets and no peers.
+"""
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from kvrelay_core.clock import Clock
+from kvrelay_core.errors import KvRelayError, TransferError
 from kvrelay_engine.link_health import is_fault_of_the_way
 from kvrelay_engine.transfer_stats import TransferStats
 from kvrelay_transfer.connectors.base import BlockRead, Transfer, TransferState
 from kvrelay_transfer.connectors.copy_thread import merge_runs
 
 
+class Way(Protocol):
+    """What a read goes by."""
+
+    @property
+    def is_closed(self) -> bool:
+        """By us, because the peer is gone; not lost by the connector itself."""
+
+    def note_read(self, error: KvRelayError | None) -> None:
+        """A read came, or failed through a fault of the way."""
+
+
 class LinkRead(Transfer):
     def __init__(
-        self, inner: Transfer, read: BlockRead, block_bytes: int, stats: tuple[TransferStats, ...], clock: Clock
+        self,
+        inner: Transfer,
+        read: BlockRead,
+        way: Way,
+        block_bytes: int,
+        stats: tuple[TransferStats, ...],
+        clock: Clock,
     ) -> None:
-        """`block_bytes` of a whole block. Reads that were given up or torn down, and what the source
-        refused, count neither way."""
+        """`block_bytes` of a whole block. Reads that were given up or closed with their link, and what the source
+        refused, count neither way. A read that has failed and cannot be stopped counts when that is known."""
         self._inner = inner
+        self._way = way
         self._read = read
         self._block_bytes = block_bytes
         self._stats = stats
@@ -43,14 +67,20 @@ class LinkRead(Transfer):
         self._inner.abort()
 
     def _count(self, state: TransferState) -> None:
-        if state is not TransferState.DONE:
-            is_failure = state is not TransferState.TORN_DOWN and is_fault_of_the_way(self.error)
-            for counts in self._stats if is_failure else ():
+        if state is TransferState.DONE:
+            size_bytes, spans, seconds = self._size_bytes(), self._num_spans(), self._clock.now() - self._posted_at_s
+            for counts in self._stats:
+                counts.succeed(size_bytes, spans, seconds)
+            self._way.note_read(None)
+        elif self._is_fault(state):
+            for counts in self._stats:
                 counts.fail()
-            return
-        size_bytes, spans, seconds = self._size_bytes(), self._num_spans(), self._clock.now() - self._posted_at_s
-        for counts in self._stats:
-            counts.succeed(size_bytes, spans, seconds)
+            self._way.note_read(self.error or TransferError(f"the read ended as {state.value}"))
+
+    def _is_fault(self, state: TransferState) -> bool:
+        if state is TransferState.TORN_DOWN:
+            return not self._way.is_closed  # the connector lost it
+        return is_fault_of_the_way(self.error)
 
     def _size_bytes(self) -> int:
         read = self._read

@@ -1,5 +1,5 @@
-"""What is known of each link: its probed speed, its floor, its counts. A record outlives its link: what was left and is
-connected again goes on counting, until the peer goes. Knows no links.
+"""What is known of each link: its probed speed, its floor, its counts. A record outlives its link: what was left, or
+lost, and is connected again goes on counting, until the peer starts anew or is gone for long. Knows no links.
 """
 
 from __future__ import annotations
@@ -93,9 +93,11 @@ class LinkRecords:
         return (self._totals[connector],) if record is None else record.stats
 
     def links(self, current: Mapping[str, str]) -> tuple[LinkLoad, ...]:
-        """`current` names the connector of each peer that is connected."""
+        """`current` names the connector of each peer that is connected; of others nothing is said."""
         return tuple(
-            record.load(is_current=current.get(record.peer_id) == record.connector) for record in self._records.values()
+            record.load(is_current=current[record.peer_id] == record.connector)
+            for record in self._records.values()
+            if record.peer_id in current
         )
 
     def totals(self) -> tuple[ConnectorLoad, ...]:

@@ -237,15 +237,12 @@ class PrefixPulls:
         for read in list(pull.reads):
             state = read.transfer.poll()
             if not state.is_terminal:
+                if read.transfer.error is not None:  # it has failed, but is to be quarantined
+                    raise read.transfer.error
                 continue
             pull.reads.remove(read)
-            error: KvRelayError | None = None
             if state is not TransferState.DONE:
-                error = read.transfer.error or TransferError(f"the read ended as {state.value}")
-            if pull.ticket is not None and state is not TransferState.TORN_DOWN:
-                self._peers.note_read(pull.ticket.source_address, read.connector, error)
-            if error is not None:
-                raise error
+                raise read.transfer.error or TransferError(f"the read ended as {state.value}")
             self._take_in(pull, read)
 
     def _take_in(self, pull: _Pull, read: _PostedRead) -> None:

@@ -127,6 +127,8 @@ class HandoffStorm:
         self.num_disturbed += is_disturbed
         decode = make_sequence(tokens, self._next_id)
         disturb_at = self.random.randint(0, len(digests))
+        if disturbance == "no_room":
+            disturb_at = 0  # room is taken at the first Ready, and later there is nothing to disturb
         flight = Flight(prefill, decode, ticket, digests, disturbance, disturb_at, self.side)
         self.flights[flight.id] = flight
         self._next_id += 1

@@ -6,10 +6,17 @@ from collections.abc import Iterator
 
 import pytest
 from handoff_pair import TOKENS, HandoffPair
-from handoff_sides import ADDRESS, make_sequence
+from handoff_sides import ADDRESS, SourceSide, make_sequence
 
 from kvrelay_core.clock import ManualClock
-from kvrelay_core.errors import DeadlineError, LeaseExpiredError, StaleTicketError, TransferError, WorkerLostError
+from kvrelay_core.errors import (
+    DeadlineError,
+    InternalError,
+    LeaseExpiredError,
+    StaleTicketError,
+    TransferError,
+    WorkerLostError,
+)
 from kvrelay_engine.handoff_reader import HandoffArrived, HandoffBroken
 from kvrelay_engine.link_health import (
     FIRST_REST_S,
@@ -38,12 +45,20 @@ class TwoWays(HandoffPair):
 
     def __init__(self) -> None:
         super().__init__(is_connected=False)
-        mine: dict[str, Connector] = {
+        self.mine: dict[str, Connector] = {
             name: Way(self.fabric, self.memory, self.clock).named(name) for name in ("first", "second")
         }
-        theirs = [Way(self.fabric, self.side.memory, self.clock).named(name) for name in mine]
-        self.reader.peers._connectors = mine
+        self.reader.peers._connectors = self.mine
+        self.connect_again()
+
+    def connect_again(self) -> None:
+        theirs = [Way(self.fabric, self.side.memory, self.clock).named(name) for name in ("first", "second")]
         self.reader.peers.connect(self.side.peer(*(connector.offer() for connector in theirs)))
+
+    def restart_source(self) -> None:
+        self.side.close()
+        self.side = SourceSide(self.clock)
+        self.connect_again()
 
     @property
     def way(self) -> str:
@@ -185,15 +200,6 @@ def test_a_failed_read_that_cannot_be_stopped_counts_too(ways: TwoWays) -> None:
     assert (ways.way, ways.reader.peers.failed_reads) == ("second", 2)
 
 
-def test_a_restarted_peer_begins_anew(ways: TwoWays) -> None:
-    fail(ways, 2)
-    peer = ways.reader.peers.find(ADDRESS, ways.side.memory.engine_epoch)
-    assert peer is not None
-    ways.reader.peers.disconnect(ADDRESS)
-    ways.reader.peers.connect(peer.peer)
-    assert ways.way == "first"
-
-
 def test_a_failed_read_is_posted_once_more_and_the_handoff_arrives(ways: TwoWays) -> None:
     ways.begin()
     ways.fail_reads(TransferError("the line broke"))
@@ -229,3 +235,93 @@ def test_what_the_source_says_is_no_fault_of_the_way(ways: TwoWays) -> None:
         map(is_fault_of_the_way, (StaleTicketError("x"), LeaseExpiredError("x"), WorkerLostError("x"), None))
     )
     assert is_fault_of_the_way(DeadlineError("x")) and not is_worth_another_try(DeadlineError("x"))
+
+
+def test_a_read_that_the_connector_lost_counts_and_is_posted_once_more(ways: TwoWays) -> None:
+    ways.begin()
+    (transfer,) = ways.fabric.pending
+    transfer.end(TransferState.TORN_DOWN, TransferError("the endpoint was reset"))
+    assert isinstance(ways.land(), HandoffArrived)
+    assert (ways.way, ways.reader.peers.failed_reads) == ("first", 1)
+
+
+def test_a_connector_whose_thread_is_gone_is_left_too(ways: TwoWays) -> None:
+    for request_id in (1, 2):
+        assert ways.way == "first"
+        ways.begin(request_id)
+        (transfer,) = ways.fabric.pending
+        transfer.end(TransferState.TORN_DOWN, InternalError("its thread is gone"))
+        assert isinstance(ways.poll(), HandoffBroken), "a bug is not tried again"
+    assert ways.way == "second"
+
+
+def test_a_read_closed_with_its_link_says_nothing_about_the_way(ways: TwoWays) -> None:
+    fail(ways, 1)
+    ways.begin()
+    ways.reader.peers.disconnect(ADDRESS)
+    assert isinstance(ways.poll(), HandoffBroken)
+    assert ways.reader.peers.failed_reads == 1
+    ways.connect_again()
+    assert ways.way == "first"
+
+
+def test_a_link_that_is_torn_down_for_its_hung_reads_counts_against_its_connector(ways: TwoWays) -> None:
+    fail(ways, 1)
+    ways.reader.peers.tear_down(ADDRESS, TransferError("too many reads do not end"))
+    ways.connect_again()
+    assert ways.way == "second"
+
+
+# ------------------------------------------------------------------------------------------ across reconnects
+
+
+def test_a_reconnect_of_the_same_peer_forgets_neither_failures_nor_rests(ways: TwoWays) -> None:
+    fail(ways, 1)
+    ways.reader.peers.disconnect(ADDRESS)
+    ways.connect_again()
+    fail(ways, 1)
+    assert ways.way == "second"
+    ways.reader.peers.disconnect(ADDRESS)
+    assert ways.reader.peers.load() == (), "of a peer that is away nothing is said"
+    ways.connect_again()
+    assert ways.way == "second"
+    assert [link.counts.fallbacks for link in ways.reader.peers.load()] == [1, 0]
+    ways.clock.advance(FIRST_REST_S + 1)
+    assert ways.way == "first"
+
+
+def test_a_rest_that_ends_while_the_peer_is_away_leaves_one_try(ways: TwoWays) -> None:
+    fail(ways, 2)
+    ways.reader.peers.disconnect(ADDRESS)
+    ways.clock.advance(FIRST_REST_S + 1)
+    ways.connect_again()
+    assert ways.way == "first"
+    fail(ways, 1)
+    assert ways.way == "second"
+
+
+def test_a_new_start_of_the_peer_begins_anew(ways: TwoWays) -> None:
+    fail(ways, 2)
+    ways.restart_source()
+    assert ways.way == "first"
+    assert [link.counts.fallbacks for link in ways.reader.peers.load()] == [0]
+
+
+def test_a_peer_that_is_away_for_long_is_forgotten(ways: TwoWays) -> None:
+    peers = ways.reader.peers
+    fail(ways, 2)
+    peers.disconnect(ADDRESS)
+    ways.clock.advance(LONGEST_REST_S - 1)
+    peers.poll()
+    assert peers._epochs and peers.records._records and peers._health._records
+    ways.clock.advance(2)
+    peers.poll()
+    assert not (peers._epochs or peers._gone_at_s or peers.records._records or peers._health._records)
+
+
+def test_a_connector_that_rests_is_better_than_none(ways: TwoWays) -> None:
+    fail(ways, 2)
+    ways.reader.peers.disconnect(ADDRESS)
+    del ways.mine["second"]
+    ways.connect_again()
+    assert ways.way == "first"

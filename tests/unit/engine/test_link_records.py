@@ -81,6 +81,24 @@ def test_a_read_that_is_given_up_counts_neither_way_and_its_time_ends(pair: Hand
     pair.assert_all_free()
 
 
+def test_a_read_that_the_connector_lost_is_a_failed_one(pair: HandoffPair) -> None:
+    finished(pair)
+    pair.poll()
+    pair.only_transfer().end(TransferState.TORN_DOWN, TransferError("the endpoint was reset"))
+    pair.poll()
+    assert counts_of(pair).failed_reads == 1
+
+
+def test_a_record_goes_on_when_the_same_peer_comes_back(pair: HandoffPair) -> None:
+    finished(pair)
+    assert isinstance(pair.land(), HandoffArrived)
+    before = counts_of(pair)
+    pair.reader.handle(DisconnectPeer(ADDRESS))
+    pair.take_events()
+    pair.connect()
+    assert counts_of(pair) == before and before.reads == 1
+
+
 def test_a_stale_read_is_one_that_came(pair: HandoffPair) -> None:
     _, ticket = finished(pair)
     pair.side.overwrite(ticket.groups[0].blocks[1])
@@ -89,7 +107,7 @@ def test_a_stale_read_is_one_that_came(pair: HandoffPair) -> None:
     assert (counts.reads, counts.stale_reads, counts.failed_reads) == (1, 1, 0)
 
 
-def test_a_read_torn_down_with_its_peer_is_no_failure_and_leaves_no_record(pair: HandoffPair) -> None:
+def test_a_read_torn_down_with_its_peer_is_no_failure(pair: HandoffPair) -> None:
     finished(pair)
     pair.poll()
     pair.reader.handle(DisconnectPeer(ADDRESS))
@@ -97,7 +115,7 @@ def test_a_read_torn_down_with_its_peer_is_no_failure_and_leaves_no_record(pair:
     peers = pair.reader.peers
     assert peers.load() == ()
     peers.records.note_stale(ADDRESS, "memory")
-    assert peers.load() == (), "what is heard later of a peer that has gone makes no record"
+    assert peers.load() == (), "of a peer that has gone nothing is said"
     (total,) = peers.records.totals()
     assert (total.counts.failed_reads, total.counts.stale_reads) == (0, 1)
 

@@ -10,7 +10,7 @@ from handoff_sides import ADDRESS, LAYOUT, MODEL, SourceSide, first_tokens, make
 from msgspec.structs import replace
 
 from kvrelay_core.clock import ManualClock
-from kvrelay_core.errors import LeaseExpiredError, TicketRejectedError, TransferError
+from kvrelay_core.errors import DeadlineError, LeaseExpiredError, TicketRejectedError, TransferError
 from kvrelay_core.request import MediaReference, PrefixHint
 from kvrelay_engine.block_pool import BlockPool
 from kvrelay_engine.handoff_peers import PeerLinks
@@ -340,18 +340,36 @@ def test_a_pinned_ticket_cannot_be_passed_off_as_an_export(engines: TwoEngines) 
     engines.side.source.failed(9, LeaseExpiredError("over"))
 
 
-def test_a_transfer_that_failed_ends_the_pull_and_keeps_what_was_verified(engines: TwoEngines) -> None:
+@pytest.mark.parametrize("state", [TransferState.FAILED, TransferState.TORN_DOWN])
+def test_a_transfer_that_failed_ends_the_pull_and_keeps_what_was_verified(
+    engines: TwoEngines, state: TransferState
+) -> None:
     sequence = engines.begin()
     engines.found(engines.ask_source())
     engines.pulls.poll()
     first, second, *_ = engines.fabric.pending
     first.land()
-    second.end(TransferState.FAILED, TransferError("the line broke"))
+    second.end(state, TransferError("the line broke"))
     assert engines.pulls.poll() == [sequence]
     assert engines.peers.failed_reads == 1
     assert engines.cached_tokens() == UNIT, "three blocks were verified, whole units count"
     engines.fabric.land_all()
     engines.pulls.poll()
+    engines.check()
+
+
+def test_a_transfer_that_failed_and_cannot_be_stopped_ends_the_pull_and_counts(engines: TwoEngines) -> None:
+    sequence = engines.begin()
+    engines.found(engines.ask_source())
+    engines.pulls.poll()
+    first, *_ = engines.fabric.pending
+    first.error = DeadlineError("too late, and it may still land")
+    assert engines.pulls.poll() == [sequence]
+    assert engines.peers.failed_reads == 1
+    assert engines.pulls.num_quarantined > 0
+    engines.fabric.land_all()
+    engines.pulls.poll()
+    assert engines.peers.failed_reads == 1, "it counts once"
     engines.check()
 
 
