@@ -40,14 +40,19 @@ class ActiveLink:
     note: Callable[[str, str, KvRelayError | None], None]  # peer, connector, how a read ended
     is_announced: bool = False  # PeerConnected was sent, the probe being over
     is_closed: bool = False
+    num_reads: int = 0  # under way
 
     def read(self, read: BlockRead) -> LinkRead:
         """Posts a read that is counted. How it ends may change the link of the pair, when it is polled."""
         transfer = self.link.read(read)
+        self.num_reads += 1
         return LinkRead(transfer, read, self, self.peer.layout.block_bytes, self.record.stats, self.clock)
 
     def note_read(self, error: KvRelayError | None) -> None:
         self.note(self.peer.peer_id, self.connector, error)
+
+    def note_end(self) -> None:
+        self.num_reads -= 1
 
     def close(self) -> None:
         self.is_closed = True
@@ -77,7 +82,7 @@ class PeerLinks:
         self._health = LinkHealth(clock)
         self.records = LinkRecords(clock, device)
         self._links: dict[str, ActiveLink] = {}
-        self._left: list[tuple[float, ActiveLink]] = []  # when to close it
+        self._left: list[tuple[float, ActiveLink]] = []  # when to close it at the latest
         self._epochs: dict[str, bytes] = {}  # of the start that health and records are of
         self._gone_at_s: dict[str, float] = {}
         self.fallbacks = 0
@@ -149,8 +154,7 @@ class PeerLinks:
             if not active.is_announced and (speed := active.record.speed) is not None:
                 active.is_announced = True
                 self._emit(PeerConnected(peer_id, active.connector, speed.gb_per_s, speed.latency_s))
-        while self._left and self._left[0][0] <= self._clock.now():
-            self._left.pop(0)[1].close()
+        self._close_left()
         for peer_id in [peer_id for peer_id, gone_at_s in self._gone_at_s.items() if self._is_long_ago(gone_at_s)]:
             self._forget(peer_id)
 
@@ -203,6 +207,16 @@ class PeerLinks:
     def _replace(self, active: ActiveLink, other: ActiveLink) -> None:
         self._links[active.peer.peer_id] = other
         self._left.append((self._clock.now() + LEFT_OPEN_S, active))
+
+    def _close_left(self) -> None:
+        """What was left, once nothing is under way on it, or is to be waited for any longer."""
+        still_left = []
+        for close_at_s, left in self._left:
+            if left.num_reads and self._clock.now() < close_at_s:
+                still_left.append((close_at_s, left))
+            else:
+                left.close()
+        self._left = still_left
 
     def _is_long_ago(self, gone_at_s: float) -> bool:
         """Whatever rested then has rested by now."""

@@ -25,6 +25,9 @@ class Way(Protocol):
     def note_read(self, error: KvRelayError | None) -> None:
         """A read came, or failed through a fault of the way."""
 
+    def note_end(self) -> None:
+        """A read is over, whatever became of it."""
+
 
 class LinkRead(Transfer):
     def __init__(
@@ -55,6 +58,7 @@ class LinkRead(Transfer):
         self.words, self.error = self._inner.words, self._inner.error
         if state.is_terminal and not self._is_over:
             self._is_over = True
+            self._way.note_end()
             for counts in self._stats:
                 counts.end()
         if (state.is_terminal or self.error is not None) and not self._is_counted:

@@ -17,6 +17,7 @@ from kvrelay_core.errors import (
     TransferError,
     WorkerLostError,
 )
+from kvrelay_engine.handoff_peers import LEFT_OPEN_S
 from kvrelay_engine.handoff_reader import HandoffArrived, HandoffBroken
 from kvrelay_engine.link_health import (
     FIRST_REST_S,
@@ -214,6 +215,32 @@ def test_a_dead_way_costs_two_tries_and_not_the_handoff(ways: TwoWays) -> None:
     ways.fail_reads(TransferError("the line is dead"))
     assert ways.poll() is None and ways.way == "second"
     assert isinstance(ways.land(), HandoffArrived)
+
+
+def test_a_link_that_was_left_is_closed_when_its_last_read_has_ended(ways: TwoWays) -> None:
+    left = ways.reader.peers.find(ADDRESS, ways.side.memory.engine_epoch)
+    assert left is not None
+    ways.begin()
+    fail(ways, 2)
+    ways.poll()
+    assert ways.way == "second" and not left.is_closed
+    assert isinstance(ways.land(), HandoffArrived), "what was posted before is still good"
+    ways.poll()
+    assert left.is_closed and not ways.reader.peers._left
+
+
+def test_a_read_that_does_not_end_keeps_its_link_open_for_a_minute(ways: TwoWays) -> None:
+    ways.begin()
+    ways.reader.abort(1)
+    fail(ways, 2)
+    (transfer,) = ways.fabric.pending
+    transfer._deadline_at_s = 2 * LEFT_OPEN_S
+    ways.clock.advance(LEFT_OPEN_S - 1)
+    ways.reader.poll()
+    assert ways.reader.num_quarantined
+    ways.clock.advance(2)
+    ways.reader.poll()
+    assert transfer.poll() is TransferState.TORN_DOWN and ways.reader.peers.fallbacks == 1
 
 
 def test_a_read_that_fails_over_every_way_breaks_the_handoff(ways: TwoWays) -> None:
