@@ -6,9 +6,11 @@ After each cell: no worker that lives holds anything, its books are right, and t
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -22,12 +24,15 @@ from fault_matrix import (
     CLUSTERS,
     CONNECTORS,
     FAULTS,
+    LEFT_OUT,
     RUN_CELLS,
     Cell,
     ClusterKind,
+    Network,
     Outcome,
     Stage,
     family_of,
+    is_sampled,
     sample,
 )
 from fault_rivals import RIVALS
@@ -83,7 +88,7 @@ class Clusters:
         if kind != self._kind:
             self._running.close()
             flags = {"block_tokens": 16, "kv_blocks": 160, "max_num_seqs": 8, "max_batched_tokens": 64}
-            self._cluster = self._running.enter_context(FaultCluster(self._model_dir, kind, **flags))
+            self._cluster = self._running.enter_context(FaultCluster(self._model_dir, kind, flags))
             self._kind = kind
         return self._cluster
 
@@ -100,12 +105,12 @@ def clusters(checkpoint: CheckpointMaker) -> Iterator[Clusters]:
 
 
 def cell_parameters() -> Iterator[ParameterSet]:
-    sampled = sample(SAMPLE_SEED)
     for kind in CLUSTERS:
-        for cell in RUN_CELLS:
-            for connector in dict.fromkeys(kind.readers):
-                marks = [] if (cell, connector) in sampled else [pytest.mark.full]
-                name = f"{cell.fault}, {cell.stage.value}, {connector}".replace(" ", "-")
+        place = "" if kind.network is Network.PROXIES else f", {kind.network.value}"
+        for cell in [cell for cell in RUN_CELLS if kind.has(cell.fault)]:
+            for connector in kind.connectors:
+                marks = [] if is_sampled(SAMPLE_SEED, kind, cell, connector) else [pytest.mark.full]
+                name = f"{cell.fault}, {cell.stage.value}, {connector}{place}".replace(" ", "-")
                 yield pytest.param(kind, cell, connector, id=name, marks=marks)
 
 
@@ -113,20 +118,20 @@ def cell_parameters() -> Iterator[ParameterSet]:
 def test_cell(clusters: Clusters, question: Question, kind: ClusterKind, cell: Cell, connector: str) -> None:
     cluster = clusters.of(kind)
     with ThreadPoolExecutor(8) as pool:
-        ask_until_next_reads_by(cluster, pool, question, connector)
-        scene = Scene(cluster, cluster.next_pair, connector, cell.stage)
         try:
+            ask_until_next_reads_by(cluster, pool, question, connector)
+            scene = Scene(cluster, cluster.next_pair, connector, cell.stage)
             if cell.fault in RIVALS:
                 RIVALS[cell.fault](scene, pool, question, cell)
             else:
                 print(run_cell(scene, pool, question, cell, FAULT_ACTIONS[cell.fault]))  # shown by -rP
+            cluster.assert_settled()
+            ask_undisturbed(cluster, pool, question)
+            cluster.assert_settled()
         except BaseException:
             print(cluster.logs())
             cluster.recover()
             raise
-        cluster.assert_settled()
-        ask_undisturbed(cluster, pool, question)
-        cluster.assert_settled()
 
 
 def run_cell(scene: Scene, pool: ThreadPoolExecutor, question: Question, cell: Cell, fault: Fault) -> dict[str, float]:
@@ -225,4 +230,18 @@ def test_the_sample_covers_every_kind_of_fault_stage_and_connector() -> None:
     chosen = sample(SAMPLE_SEED)
     assert {family_of(cell.fault) for cell, _ in chosen} == set(map(family_of, FAULTS))
     assert {cell.stage for cell, _ in chosen} == set(Stage)
-    assert {connector for _, connector in chosen} == set(CONNECTORS)
+    assert {connector for _, connector in chosen} == set(CLUSTERS[0].connectors)
+
+
+def test_every_other_connector_is_in_every_run_and_nothing_is_left_out_without_a_reason() -> None:
+    sampled = Counter(
+        connector
+        for kind in CLUSTERS
+        for cell in RUN_CELLS
+        for connector in kind.connectors
+        if kind.has(cell.fault) and is_sampled(SAMPLE_SEED, kind, cell, connector)
+    )
+    assert all(sampled[connector] >= 4 for connector in CONNECTORS)
+    tried = {(connector, kind.network) for kind in CLUSTERS for connector in kind.connectors}
+    assert not tried & LEFT_OUT.keys()
+    assert tried | LEFT_OUT.keys() == set(product(CONNECTORS, Network))

@@ -1,8 +1,8 @@
-"""Two prefill and two decode workers behind a router, each source reached by its readers through a proxy.
+"""Two prefill and two decode workers behind a router, each source reached by its readers over a link that can fail.
 
     client -> router -> prefill-0, prefill-1            (directly)
-                     -> decode-0, decode-1  -> proxy of prefill-0 -> prefill-0
-                                            -> proxy of prefill-1 -> prefill-1
+                     -> decode-0, decode-1  -> link of prefill-0 -> prefill-0
+                                            -> link of prefill-1 -> prefill-1
 
 The router places in turn, so the pair that the next request gets is known: the one after the latest. Every engine
 can be stopped at a named moment (`stopping_engine`). Leaving the block asserts that nothing is left.
@@ -15,22 +15,22 @@ import shutil
 import signal
 import tempfile
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
 from cluster import wait_until
-from cuttable_proxy import CuttableProxy
-from fault_matrix import ClusterKind
+from fault_links import HOST, FaultLinks, ProxyLinks
+from fault_matrix import ClusterKind, Network
 from fault_worker import FaultProcess
+from namespace_links import NamespaceLinks
 from process_memory import pool_mappings
-from proxy_thread import ProxyThread
 
 from kvrelay_cli.ports import choose_ports
 from kvrelay_client import AsyncClient, Finish
 
-HOST = "127.0.0.1"
 WORKERS_EACH = 2
 LEAK_DEADLINE_S = 6.0  # a lost reader's pins are kept for 2 s, a lost session's requests too, one after the other
 SETTLE_POLL_S = 0.05
@@ -49,17 +49,30 @@ class Pair(NamedTuple):
 
 
 class FaultCluster:
-    def __init__(self, model_dir: Path, kind: ClusterKind, **flags: int) -> None:
-        """`flags` are those of all workers: `block_tokens=16` is `--block-tokens 16`."""
+    def __init__(
+        self,
+        model_dir: Path,
+        kind: ClusterKind,
+        flags: Mapping[str, int],
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """`flags` are those of all workers, `{"block_tokens": 16}` for `--block-tokens 16`, and so is `environment`.
+
+        Skips the test where the machine has not what `kind` needs.
+        """
         self._kind = kind
-        self._folder = Path(tempfile.mkdtemp(prefix="kvf-", dir="/tmp"))  # short: socket paths are
         self._model = ["--model", str(model_dir)]
         self._flags = ["--threads-per-worker", "1"]
         for name, value in flags.items():
             self._flags += [f"--{name.replace('_', '-')}", str(value)]
-        self._proxies = ProxyThread()
+        self._environment = dict(environment or {})
         ports = choose_ports(HOST, 1 + 2 * WORKERS_EACH)
-        self.proxies = [self._proxies.open(f"{HOST}:{port}") for port in ports[1 : 1 + WORKERS_EACH]]
+        self._links: FaultLinks
+        if kind.network is Network.NAMESPACES:
+            self._links = NamespaceLinks(WORKERS_EACH, kind.source)
+        else:
+            self._links = ProxyLinks(ports[1 : 1 + WORKERS_EACH])
+        self._folder = Path(tempfile.mkdtemp(prefix="kvf-", dir="/tmp"))  # short: socket paths are
         self.prefill = [self._prefill(index, ports[1 + index]) for index in range(WORKERS_EACH)]
         self.decode = [self._decode(index, ports[1 + WORKERS_EACH + index]) for index in range(WORKERS_EACH)]
         self.router = self._router(ports[0])
@@ -99,7 +112,7 @@ class FaultCluster:
     def _abandon(self) -> None:
         for process in (self.router, *self.workers):
             process.abandon()
-        self._proxies.close()
+        self._links.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def restart(self, worker: FaultProcess) -> None:
@@ -145,25 +158,21 @@ class FaultCluster:
         timing = finish.timing
         self.latest = Pair(int(timing.prefill_worker.rpartition("-")[2]), int(timing.decode_worker.rpartition("-")[2]))
 
+    def readers_address(self, source: int) -> str:
+        return self._links.readers_address(source)
+
     def hold_link(self, source: int) -> None:
-        self._proxies.do(self.proxies[source].hold)
+        self._links.hold(source)
 
     def slow_link(self, source: int, bytes_per_s: float) -> None:
-        self._proxies.do(lambda: self.proxies[source].slow(bytes_per_s))
+        self._links.slow(source, bytes_per_s)
 
     def swap_link(self, source: int) -> None:
         """Behind the address of this source there is the other one from now on: another start of an engine."""
-        self._retarget(source, self.prefill[1 - source])
-
-    def _retarget(self, source: int, process: FaultProcess) -> None:
-        self._proxies.do(lambda: self.proxies[source].retarget(process.address))
-        self._proxies.do(self.proxies[source].cut)
+        self._links.swap(source, self.prefill[1 - source].address)
 
     def mend_link(self, source: int) -> None:
-        proxy: CuttableProxy = self.proxies[source]
-        if proxy.target != self.prefill[source].address:
-            self._retarget(source, self.prefill[source])
-        self._proxies.do(proxy.mend)
+        self._links.mend(source)
 
     def recover(self) -> None:
         """After a test that failed half-way, so that it does not take the others with it."""
@@ -210,18 +219,25 @@ class FaultCluster:
         words = ["router", *self._model, "--grpc-port", str(port), "--placement", "round_robin"]
         words += ["--prefill", ",".join(worker.address for worker in self.prefill)]
         words += ["--decode", ",".join(worker.address for worker in self.decode)]
-        return FaultProcess(self._folder, "router", words, port)
+        return FaultProcess(self._folder, "router", words, f"{HOST}:{port}")
 
     def _prefill(self, index: int, port: int) -> FaultProcess:
-        words = ["--connector", self._kind.source, "--advertise", self.proxies[index].address]
-        return self._worker("prefill", index, port, words)
+        words = ["--connector", self._kind.source, *self._links.listening(index, port)]
+        environment = {**self._environment, **self._links.environment(index)}
+        return FaultProcess(
+            self._folder, f"prefill-{index}", self._words("prefill", index, words), self._links.address(index, port),
+            prefix=self._links.prefix(index), environment=environment,
+        )  # fmt: skip
 
     def _decode(self, index: int, port: int) -> FaultProcess:
-        peers = ",".join(proxy.address for proxy in self.proxies)
-        return self._worker("decode", index, port, ["--connector", self._kind.readers[index], "--peers", peers])
+        peers = ",".join(map(self._links.readers_address, range(WORKERS_EACH)))
+        words = ["--connector", self._kind.readers[index], "--grpc-port", str(port), "--peers", peers]
+        environment = {**self._environment, **self._links.environment(None)}
+        return FaultProcess(
+            self._folder, f"decode-{index}", self._words("decode", index, words), f"{HOST}:{port}",
+            environment=environment,
+        )  # fmt: skip
 
-    def _worker(self, role: str, index: int, port: int, words: list[str]) -> FaultProcess:
+    def _words(self, role: str, index: int, words: list[str]) -> list[str]:
         name = f"{role}-{index}"
-        run_dir = ["--run-dir", str(self._folder / name), "--worker-id", name]
-        words = [role, *self._model, "--grpc-port", str(port), *run_dir, *self._flags, *words]
-        return FaultProcess(self._folder, name, words, port)
+        return [role, *self._model, "--run-dir", str(self._folder / name), "--worker-id", name, *self._flags, *words]

@@ -14,16 +14,38 @@ from enum import Enum
 from typing import NamedTuple
 
 
+class Network(Enum):
+    """What lies between readers and sources; the value is how the table says it."""
+
+    PROXIES = "loopback, proxies"  # these hold up what the services say to each other, and what grpc reads
+    NAMESPACES = "network namespaces"  # all that goes between them goes over a wire
+
+
 class ClusterKind(NamedTuple):
     """`source` is the --connector of both prefill workers, `readers` those of decode-0 and decode-1."""
 
     source: str
     readers: tuple[str, str]
+    network: Network = Network.PROXIES
+
+    @property
+    def connectors(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self.readers))
+
+    def has(self, fault: str) -> bool:
+        """In namespaces only what a wire can do is different."""
+        return self.network is Network.PROXIES or fault in NETWORK_FAULTS
 
 
-# A new connector is one more cluster, such as ClusterKind("nixl", ("nixl", "nixl")).
-CLUSTERS = (ClusterKind("auto", ("shm", "grpc")),)
+CLUSTERS = (
+    ClusterKind("auto", ("shm", "grpc")),
+    ClusterKind("nixl", ("nixl", "nixl")),
+    ClusterKind("ucx", ("ucx", "ucx")),
+    ClusterKind("grpc", ("grpc", "grpc"), Network.NAMESPACES),
+    ClusterKind("ucx", ("ucx", "ucx"), Network.NAMESPACES),
+)
 CONNECTORS = tuple(dict.fromkeys(name for kind in CLUSTERS for name in kind.readers))
+NETWORK_FAULTS = ("network cut", "network away for 1.5 s", "slow link")
 
 
 class Stage(Enum):
@@ -167,6 +189,13 @@ def _cell(fault: str, stage: Stage, column: Column) -> Cell:
     return Cell(fault, stage, outcome, answer_within_s, notices, within_s)
 
 
+# By connector and network, why none of the cells can be.
+LEFT_OUT = {
+    ("shm", Network.NAMESPACES): "it reads memory of its own host, over no network",
+    ("nixl", Network.NAMESPACES): "there is RDMA in no namespace, and NIXL refuses TCP (ADR 0012): "
+    "the link falls back, or is refused, when it is connected",
+}
+
 FAULTS = tuple(_ROWS)
 CELLS = tuple(_cell(fault, stage, row[index]) for fault, row in _ROWS.items() for index, stage in enumerate(Stage))
 RUN_CELLS = tuple(cell for cell in CELLS if cell.outcome is not NOT_A_CASE)
@@ -187,14 +216,29 @@ def family_of(fault: str) -> str:
     return _VARIANTS.get(fault, fault)
 
 
+# Where the connector itself is what the fault meets.
+_DURING_PULL = (
+    "source killed", "block reused under the read", "word changed between data and word read",
+    "read landing after the reader cancelled",
+)  # fmt: skip
+
+
+def is_sampled(seed: int, kind: ClusterKind, cell: Cell, connector: str) -> bool:
+    """Whether every run has it: of the first kind a sample, of the other connectors a few, of namespaces none."""
+    if kind == CLUSTERS[0]:
+        return (cell, connector) in sample(seed)
+    return kind.network is Network.PROXIES and cell.stage is Stage.DURING_PULL and cell.fault in _DURING_PULL
+
+
 def sample(seed: int) -> frozenset[tuple[Cell, str]]:
-    """One cell of each family of faults, over all stages and connectors as evenly as they go."""
+    """Of the first kind: one cell of each family of faults, over all stages and connectors as evenly as they go."""
+    connectors = CLUSTERS[0].connectors
     chance = random.Random(seed)
     families = sorted(set(map(family_of, FAULTS)))
     num_taken: Counter[object] = Counter()
     chosen = set()
     for family in chance.sample(families, len(families)):
-        cells = [(cell, name) for cell in RUN_CELLS if family_of(cell.fault) == family for name in CONNECTORS]
+        cells = [(cell, name) for cell in RUN_CELLS if family_of(cell.fault) == family for name in connectors]
         chance.shuffle(cells)
         cell, name = min(cells, key=lambda pair: sum(num_taken[key] for key in _keys(*pair)))
         num_taken.update(_keys(cell, name))
@@ -214,5 +258,16 @@ def table() -> Iterator[str]:
         yield f"| {fault} | {' | '.join(cell.text for cell in CELLS if cell.fault == fault)} |"
 
 
+def runs() -> Iterator[str]:
+    """Which connector is tried how, as a table in Markdown."""
+    yield "| connector | between the workers | cells |"
+    yield "|---|---|---|"
+    for name in CONNECTORS:
+        for network in Network:
+            cells = [cell for kind in CLUSTERS if name in kind.readers and kind.network is network
+                     for cell in RUN_CELLS if kind.has(cell.fault)]  # fmt: skip
+            yield f"| `{name}` | {network.value} | {len(cells) or f'- ({LEFT_OUT[name, network]})'} |"
+
+
 if __name__ == "__main__":
-    print("\n".join(table()))
+    print("\n".join((*table(), "", *runs())))

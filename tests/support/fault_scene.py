@@ -35,7 +35,12 @@ POINTS: dict[Stage, tuple[Point, ...]] = {
     Stage.DURING_DECODE: (("reader", "token", TOKENS_BEFORE),),
 }
 # Between data and words: which side's engine has to be stopped where, by connector.
-BETWEEN_DATA_AND_WORDS: dict[str, Point] = {"shm": ("reader", "copied", 1), "grpc": ("source", "export", 1)}
+BETWEEN_DATA_AND_WORDS: dict[str, Point] = {
+    "shm": ("reader", "copied", 1),
+    "grpc": ("source", "export", 1),
+    "nixl": ("reader", "copied", 1),
+    "ucx": ("source", "export", 1),
+}
 
 
 Question = tuple[list[int], list[int]]  # a prompt and its answer

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import grpc
@@ -25,11 +26,23 @@ SHOWN_CHARS = 6000
 class FaultProcess:
     """`words` follow `kvrelay serve`. Workers run with an engine that stops where it is told to."""
 
-    def __init__(self, folder: Path, name: str, words: list[str], port: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        words: list[str],
+        address: str,
+        *,
+        prefix: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """`prefix` is what the command begins with; it has to become the process, not to start one."""
         self.name = name
-        self.address = f"127.0.0.1:{port}"
+        self.address = address
         self.run_dir = folder / name
         self._words = words
+        self._prefix = prefix
+        self._environment = environment or {}
         self._log_path, self._stdout_path = folder / f"{name}.log", folder / f"{name}.out"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -45,11 +58,11 @@ class FaultProcess:
             program = [sys.executable, str(Path(__file__).with_name("stopping_worker.py"))]
         with self._log_path.open("a") as log, self._stdout_path.open("w") as stdout:
             self._process = subprocess.Popen(
-                [*program, *self._words],
+                [*self._prefix, *program, *self._words],
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=log,
-                env={**os.environ, "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"},
+                env={**os.environ, "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", **self._environment},
             )
 
     def wait_ready(self) -> None:
@@ -157,6 +170,10 @@ class FaultProcess:
         with grpc.insecure_channel(self.address) as channel:
             [load] = WorkerServiceStub(channel).WatchLoad(pb.WatchLoadRequest(interval_s=0), timeout=10)
         return load
+
+    def links(self, peer: str) -> list[pb.LinkReport]:
+        """To one source, in the order in which they were opened."""
+        return [link for link in self.load().links if link.peer == peer]
 
     def held(self) -> list[str]:
         load = self.load()

@@ -5,35 +5,42 @@ outside. Files in `RUN_DIR/stops`, each of which holds a number n and goes when 
 
     accept   the source is about to reserve and to issue a ticket            (for the n-th time from now)
     sealed   the source has sealed blocks and not told anybody yet
-    export   the source has copied blocks for a Fetch and not read their words (grpc)
+    export   the source has copied blocks for a reader and not read their words  (grpc, ucx)
     read     the reader is about to post a read
-    copied   the reader's copy has ended and the words are not read           (shm)
+    copied   the reader's copy has ended and the words are not read              (shm, nixl)
     arrive   the reader has verified all blocks and not released the ticket
     token    the reader is about to append a token of its own
 
 `stall` stops nothing: while it is there, reads are not posted and stay pending, also when they are aborted, as on a
-network card; later they land where they were told to. Whoever waits for a stop looks at the process's state.
+network card; later they land where they were told to. While `broken` is there, reads by shared memory fail on their
+way. Whoever waits for a stop looks at the process's state.
+
+STOPPING_ENGINE_REST_S in the environment is how long a connector is left alone at first, in place of half a minute.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kvrelay_engine import process
+from kvrelay_core.errors import TransferError
+from kvrelay_engine import link_health, process
 from kvrelay_engine.config import load_config
 from kvrelay_engine.engine import Engine
 from kvrelay_engine.handoff_incoming import Incoming
 from kvrelay_engine.handoff_reader import HandoffReader
 from kvrelay_engine.handoff_source import HandoffSource
 from kvrelay_transfer.connectors import shm
-from kvrelay_transfer.connectors.base import BlockRead, Transfer, TransferState
+from kvrelay_transfer.connectors.base import BlockRead, EndedTransfer, Transfer, TransferState
 from kvrelay_transfer.connectors.copy_thread import copy_span
+from kvrelay_transfer.connectors.nixl_link import NixlLink
+from kvrelay_transfer.connectors.ucx_source import UcxSource
 from kvrelay_transfer.staging import BlockStaging
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -46,6 +53,10 @@ class Stops:
     @property
     def stall(self) -> Path:
         return self._folder / "stall"
+
+    @property
+    def broken(self) -> Path:
+        return self._folder / "broken"
 
     def reach(self, point: str) -> None:
         path = self._folder / point
@@ -98,6 +109,19 @@ class StalledTransfer(Transfer):
         pass
 
 
+def breakable(read: Callable[[Any, BlockRead], Transfer], broken: Path) -> Callable[[Any, BlockRead], Transfer]:
+    @wraps(read)
+    def reading(link: Any, request: BlockRead) -> Transfer:
+        return EndedTransfer(TransferError("this way is broken")) if broken.exists() else read(link, request)
+
+    return reading
+
+
+def shorten_rests(first_s: float) -> None:
+    health: Any = link_health
+    health._Record = partial(health._Record, rest_s=first_s)
+
+
 def install(stops: Stops) -> None:
     post = stops.before("read", Incoming.post)
 
@@ -122,10 +146,17 @@ def install(stops: Stops) -> None:
     staging.copy_out = stops.after("export", BlockStaging.copy_out)
     copies: Any = shm
     copies.copy_span = stops.after("copied", copy_span)
+    copies._ShmLink.read = breakable(copies._ShmLink.read, stops.broken)
+    nixl: Any = NixlLink
+    nixl.post_words = stops.before("copied", NixlLink.post_words)
+    ucx: Any = UcxSource
+    ucx._send_words = stops.before("export", UcxSource._send_words)
 
 
 if __name__ == "__main__":
     folder = Path(load_config(sys.argv[sys.argv.index("--config") + 1]).run_dir) / "stops"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     install(Stops(folder))
+    if rest_s := os.environ.get("STOPPING_ENGINE_REST_S"):
+        shorten_rests(float(rest_s))
     sys.exit(process.main())

@@ -1,15 +1,20 @@
-"""The table of faults in docs/operations.md is the matrix that the tests run."""
+"""The tables of faults in docs/operations.md are the matrix that the tests run."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from fault_matrix import table
+from fault_matrix import runs, table
 
 OPERATIONS = Path(__file__).parents[3] / "docs" / "operations.md"
-BEGIN, END = "<!-- faults:begin -->\n", "\n<!-- faults:end -->"
 
 
-def test_the_table_of_faults_is_what_is_tested() -> None:
-    shown = OPERATIONS.read_text().partition(BEGIN)[2].partition(END)[0]
-    assert shown.splitlines() == list(table()), "put in its place what `python tests/support/fault_matrix.py` prints"
+def shown(name: str) -> list[str]:
+    begin, end = f"<!-- {name}:begin -->\n", f"\n<!-- {name}:end -->"
+    return OPERATIONS.read_text().partition(begin)[2].partition(end)[0].splitlines()
+
+
+def test_the_tables_of_faults_are_what_is_tested() -> None:
+    why = "put in its place what `python tests/support/fault_matrix.py` prints"
+    assert shown("faults") == list(table()), why
+    assert shown("fault-runs") == list(runs()), why
