@@ -1,0 +1,152 @@
+"""What a checkpoint says about how images are made into the model's input, from its configuration files alone.
+
+Written by transformers 4 and 5 under several names: `processor_config.json` may hold the image processor's settings
+itself, else they are in `preprocessor_config.json`. Knows nothing of weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct
+
+from kvrelay_core.checkpoint import read_json
+from kvrelay_core.errors import ConfigError
+
+_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_HALF = (0.5, 0.5, 0.5)
+_BILINEAR, _BICUBIC = 2, 3
+
+Rgb = tuple[float, float, float]
+
+
+class PixelConfig(Struct, frozen=True, kw_only=True):
+    """From pixels of 0 to 255 to what the tower takes: `(pixel * rescale_factor - mean) / std`, by channel."""
+
+    resample: int  # Pillow's number of the filter
+    rescale_factor: float
+    mean: Rgb
+    std: Rgb
+
+
+class QwenProcessorConfig(Struct, frozen=True, kw_only=True):
+    pixels: PixelConfig
+    patch_size: int  # pixels of its side
+    temporal_patch_size: int  # frames in a patch
+    merge_size: int  # patches of a token's side
+    min_pixels: int
+    max_pixels: int
+    image_token_id: int
+
+
+class PanAndScan(Struct, frozen=True, kw_only=True):
+    min_crop_size: int  # pixels
+    max_crops: int
+    min_ratio: float  # of the longer to the shorter side, from which on an image is cropped
+
+
+class GemmaProcessorConfig(Struct, frozen=True, kw_only=True):
+    pixels: PixelConfig
+    width: int  # pixels that every view is squeezed into
+    height: int
+    view_tokens: int
+    pan_and_scan: PanAndScan | None
+    begin_token_id: int
+    image_token_id: int
+    end_token_id: int
+
+
+ProcessorConfig = QwenProcessorConfig | GemmaProcessorConfig
+
+
+def read_processor_config(folder: Path) -> ProcessorConfig | None:
+    """None for a model that takes no images, or none that this release knows. Raises ConfigError."""
+    config = read_json(folder / "config.json")
+    read = _FAMILIES.get(config.get("model_type", ""))
+    if read is None:
+        return None
+    processor = read_json(folder / "processor_config.json")
+    image = processor.get("image_processor") or read_json(folder / "preprocessor_config.json")
+    if not image:
+        raise ConfigError(f"{folder} has no preprocessor_config.json; a model that takes images needs one")
+    for flag in ("do_resize", "do_rescale", "do_normalize"):
+        if image.get(flag) is False:
+            raise ConfigError(f"{folder}: {flag} is false; only image processors that do it are served")
+    try:
+        return read(config, processor, image)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{folder}: the image processor's settings are incomplete or malformed: {error!r}") from error
+
+
+def _read_qwen(config: dict[str, Any], processor: dict[str, Any], image: dict[str, Any]) -> QwenProcessorConfig:
+    size = image.get("size") or {}
+    smallest, largest = size.get("shortest_edge", 56 * 56), size.get("longest_edge", 28 * 28 * 1280)
+    return QwenProcessorConfig(
+        pixels=_pixels(image, _BICUBIC, _CLIP_MEAN, _CLIP_STD),
+        patch_size=_count(image.get("patch_size", 14)),
+        temporal_patch_size=_count(image.get("temporal_patch_size", 2)),
+        merge_size=_count(image.get("merge_size", 2)),
+        min_pixels=_count(_given(image, "min_pixels", smallest)),
+        max_pixels=_count(_given(image, "max_pixels", largest)),
+        image_token_id=int(config["image_token_id"]),
+    )
+
+
+def _read_gemma(config: dict[str, Any], processor: dict[str, Any], image: dict[str, Any]) -> GemmaProcessorConfig:
+    size = image.get("size") or {"height": 224, "width": 224}
+    pan = None
+    if image.get("do_pan_and_scan"):
+        pan = PanAndScan(
+            min_crop_size=_count(_given(image, "pan_and_scan_min_crop_size", 256)),
+            max_crops=_count(_given(image, "pan_and_scan_max_num_crops", 4)),
+            min_ratio=float(_given(image, "pan_and_scan_min_ratio_to_activate", 1.2)),
+        )
+    view_tokens = _given(processor, "image_seq_length", _given(config, "mm_tokens_per_image", 256))
+    return GemmaProcessorConfig(
+        pixels=_pixels(image, _BILINEAR, _HALF, _HALF),
+        width=_count(size["width"]),
+        height=_count(size["height"]),
+        view_tokens=_count(view_tokens),
+        pan_and_scan=pan,
+        begin_token_id=int(_first(config, "boi_token_index", "boi_token_id", default=255_999)),
+        image_token_id=int(_first(config, "image_token_index", "image_token_id", default=262_144)),
+        end_token_id=int(_first(config, "eoi_token_index", "eoi_token_id", default=256_000)),
+    )
+
+
+_FAMILIES: dict[str, Callable[[dict[str, Any], dict[str, Any], dict[str, Any]], ProcessorConfig]] = {
+    "qwen2_5_vl": _read_qwen,
+    "gemma3": _read_gemma,
+}
+
+
+def _pixels(image: dict[str, Any], resample: int, mean: Rgb, std: Rgb) -> PixelConfig:
+    return PixelConfig(
+        resample=int(_given(image, "resample", resample)),
+        rescale_factor=float(_given(image, "rescale_factor", 1 / 255)),
+        mean=_rgb(_given(image, "image_mean", mean)),
+        std=_rgb(_given(image, "image_std", std)),
+    )
+
+
+def _given(settings: dict[str, Any], name: str, default: Any) -> Any:
+    """Null stands for the default, too."""
+    value = settings.get(name)
+    return default if value is None else value
+
+
+def _first(settings: dict[str, Any], *names: str, default: Any) -> Any:
+    return next((settings[name] for name in names if settings.get(name) is not None), default)
+
+
+def _rgb(values: Any) -> Rgb:
+    red, green, blue = map(float, values)
+    return red, green, blue
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{value!r} must be a whole number of 1 or more")
+    return value
