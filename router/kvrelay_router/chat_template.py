@@ -17,6 +17,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from kvrelay_core.checkpoint import read_json
 from kvrelay_core.errors import ConfigError, InvalidRequestError
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -86,7 +87,8 @@ class ChatTemplate:
 
 
 def load_chat_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> ChatTemplate | None:
-    """From `chat_template.jinja`, else `tokenizer_config.json`; None when the checkpoint has neither."""
+    """From `chat_template.jinja`, else `chat_template.json`, else `tokenizer_config.json`; None when the checkpoint has
+    none of them."""
     source = _read_template(folder, tokenizer_config.get("chat_template"))
     if source is None:
         return None
@@ -98,6 +100,8 @@ def _read_template(folder: Path, configured: Any) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")
+    if isinstance(beside := read_json(folder / "chat_template.json").get("chat_template"), str):
+        return beside  # where models that see kept theirs
     if isinstance(configured, list):  # several named ones
         named = {entry["name"]: entry["template"] for entry in configured}
         configured = named.get("default")

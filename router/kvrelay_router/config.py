@@ -8,6 +8,7 @@ from typing import Literal
 from msgspec import Struct
 
 from kvrelay_core.errors import ConfigError
+from kvrelay_core.media.limits import MediaLimits
 from kvrelay_core.rpc.channel import TlsFiles
 from kvrelay_core.rpc.exposure import check_pem_files, is_loopback
 
@@ -29,6 +30,7 @@ class RouterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     model: str  # a local folder or a hub id; the router reads its tokenizer and generation defaults
     prefill: list[str]  # host:port of each prefill worker; empty: decode workers compute prompts too
     decode: list[str]
+    encoder: list[str] = []  # of each encoder; empty: requests with images are refused
     host: str = "127.0.0.1"
     port: int = 0  # 0: the system chooses
     served_model_name: str | None = None  # None: `model`
@@ -47,8 +49,10 @@ class RouterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     reattach_s: float = 2.0  # how long a lost session with a worker may take to come back
     placement_wait_s: float = 5.0  # how long a request waits for a role of which no worker serves
     refused_wait_s: float = 2.0  # how long it waits when no decode worker has room for its KV
+    encode_s: float = 30.0  # how long one encoder may take for one request's images
     reflection: bool = True
     limits: RequestLimits = RequestLimits()
+    media_limits: MediaLimits = MediaLimits()
 
     @property
     def served_name(self) -> str:
@@ -68,7 +72,10 @@ class RouterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             raise ConfigError("no decode worker; list at least one HOST:PORT", field="decode")
         _check_addresses("prefill", self.prefill)
         _check_addresses("decode", self.decode)
-        if len({*self.prefill, *self.decode}) != len(self.prefill) + len(self.decode):
+        _check_addresses("encoder", self.encoder)
+        self.media_limits.validate()
+        workers = [*self.prefill, *self.decode, *self.encoder]
+        if len(set(workers)) != len(workers):
             raise ConfigError("a worker address is listed twice; each process has one role", field="prefill")
         if not 0 <= self.port < 65536:
             raise ConfigError(f"port must be between 0 and 65535, not {self.port}", field="port")
@@ -76,7 +83,7 @@ class RouterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         for name in ("drain_s", "max_replacements", "placement_wait_s", "refused_wait_s"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must not be negative", field=name)
-        for name in ("max_unsent_tokens", "slow_client_s", "reattach_s"):
+        for name in ("max_unsent_tokens", "slow_client_s", "reattach_s", "encode_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0", field=name)
 

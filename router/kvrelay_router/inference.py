@@ -19,6 +19,7 @@ from kvrelay.v1.inference_pb2_grpc import InferenceServiceServicer
 from kvrelay_core.checkpoint import GenerationDefaults
 from kvrelay_core.clock import Clock
 from kvrelay_core.errors import DeadlineError, DrainingError, KvRelayError, OverloadedError, RequestCancelledError
+from kvrelay_core.media.processor_config import ProcessorConfig
 from kvrelay_core.tracing import TRACE_PARENT, end_span, start_span, trace_parent_of
 from kvrelay_router.choice_output import ChoiceOutput
 from kvrelay_router.config import RouterConfig
@@ -39,6 +40,7 @@ class Checkpoint:
 
     tokenizer: Tokenizer | None
     defaults: GenerationDefaults
+    processor: ProcessorConfig | None = None  # None: it takes no images
 
 
 class InferenceServicer(InferenceServiceServicer):
@@ -49,8 +51,9 @@ class InferenceServicer(InferenceServiceServicer):
         self._fleet = fleet
         self._clock = clock
         self._wait_terms = WaitTerms(absent_s=config.placement_wait_s, refused_s=config.refused_wait_s)
-        self._checker = RequestChecker(config.served_name, checkpoint.defaults, config.limits)
-        self._prompts = PromptReader(checkpoint.tokenizer)
+        no_media = why_no_media(config, checkpoint.processor)
+        self._checker = RequestChecker(config.served_name, checkpoint.defaults, config.limits, no_media)
+        self._prompts = PromptReader(checkpoint.tokenizer, checkpoint.processor, config.media_limits)
         self._runs: set[RequestRun] = set()
         self._num_calls = 0
         self._idle = asyncio.Event()
@@ -190,6 +193,17 @@ class InferenceServicer(InferenceServiceServicer):
             )
             run.abandon(slow)
             raise slow from error
+
+
+def why_no_media(config: RouterConfig, processor: ProcessorConfig | None) -> str:
+    """Empty when this cluster takes images."""
+    if processor is None:
+        return "this model takes no images, or lacks preprocessor_config.json; send text or token ids only"
+    if not config.encoder:
+        return "this cluster has no encoder; start one, and the router with --encoder HOST:PORT"
+    if not config.prefill:
+        return "images need a prefill worker; start one, and the router with --prefill HOST:PORT"
+    return ""
 
 
 @contextlib.contextmanager

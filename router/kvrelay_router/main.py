@@ -21,6 +21,7 @@ from kvrelay.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
 from kvrelay_core.checkpoint import read_generation_defaults, resolve_model
 from kvrelay_core.clock import MonotonicClock
 from kvrelay_core.errors import ConfigError
+from kvrelay_core.media.processor_config import read_processor_config
 from kvrelay_core.rpc.server import RpcServer
 from kvrelay_core.telemetry import start_telemetry
 from kvrelay_router.auth import BearerAuth, read_api_keys
@@ -46,7 +47,7 @@ class ExitCode(IntEnum):
 def load_checkpoint(model: str) -> Checkpoint:
     """Blocking, perhaps a download. Raises ConfigError."""
     folder = resolve_model(model, weights=False)
-    return Checkpoint(load_tokenizer(folder), read_generation_defaults(folder))
+    return Checkpoint(load_tokenizer(folder), read_generation_defaults(folder), read_processor_config(folder))
 
 
 class RouterServer:

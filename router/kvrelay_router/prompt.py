@@ -1,4 +1,4 @@
-"""The prompt of a request as token ids: given as such, as text, or as chat messages.
+"""The prompt of a request as token ids: given as such, as text, or as chat messages, with the places of its images.
 
 Knows the tokenizer; nothing of sampling or workers.
 """
@@ -7,16 +7,32 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from kvrelay.v1 import inference_pb2 as pb
 from kvrelay_core.errors import InvalidRequestError, UnsupportedError
+from kvrelay_core.media.limits import MediaLimits
+from kvrelay_core.media.processor_config import ProcessorConfig
+from kvrelay_core.request import MediaReference
+from kvrelay_router.media_input import MediaInput, media_items, read_media
+from kvrelay_router.placeholders import make_placeholders
 from kvrelay_router.tokenizer import LONG_TEXT_CHARS, Tokenizer
 
 
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    token_ids: Sequence[int]
+    media: tuple[MediaReference, ...] = ()
+    items: tuple[MediaInput, ...] = ()  # what `media` refer to
+
+
 class PromptReader:
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, processor: ProcessorConfig | None, limits: MediaLimits) -> None:
+        """Raises ConfigError when tokenizer and image processor do not fit each other."""
         self._tokenizer = tokenizer
+        self._placeholders = make_placeholders(processor, tokenizer)
+        self._limits = limits
 
     @property
     def accepts_text(self) -> bool:
@@ -26,13 +42,25 @@ class PromptReader:
     def accepts_messages(self) -> bool:
         return self._tokenizer is not None and self._tokenizer.template is not None
 
-    async def read(self, request: pb.GenerateRequest, max_model_len: int) -> Sequence[int]:
-        """Long texts and messages are worked on in a thread.
+    async def read(self, request: pb.GenerateRequest, max_model_len: int) -> Prompt:
+        """Long texts, messages and media are worked on in a thread.
 
-        Raises InvalidRequestError, or UnsupportedError when the checkpoint lacks a tokenizer or template."""
+        Raises InvalidRequestError, or UnsupportedError when the checkpoint lacks a tokenizer or template, or media
+        would have to be fetched."""
         kind = request.WhichOneof("prompt")
         if kind is None:
             raise InvalidRequestError("no prompt; set one of text, token_ids, messages", field="prompt")
+        items = await read_media(media_items(request), self._limits)
+        token_ids = await self._token_ids(request, kind, items, max_model_len)
+        if self._placeholders is None:
+            return Prompt(token_ids)
+        token_ids, media = self._placeholders.expand(token_ids, items)
+        return Prompt(token_ids, media, items)
+
+    async def _token_ids(
+        self, request: pb.GenerateRequest, kind: str, items: Sequence[MediaInput], max_model_len: int
+    ) -> Sequence[int]:
+        """Of images, only as many placeholders as they have views."""
         if kind == "token_ids":
             return request.token_ids.ids
         if self._tokenizer is None:
@@ -41,6 +69,8 @@ class PromptReader:
             )
         text = request.text if kind == "text" else await self._render(self._tokenizer, request.messages)
         self._check_length(self._tokenizer, text, max_model_len, kind)
+        if self._placeholders is not None:
+            text = self._placeholders.write(text, items)
         # A chat template writes the special tokens itself.
         return await self._tokenizer.encode(text, add_special_tokens=kind == "text")
 
@@ -52,7 +82,7 @@ class PromptReader:
         if not messages.messages:
             raise InvalidRequestError("messages is empty; send at least one message", field="messages")
         turns = [_as_dict(message) for message in messages.messages]
-        if sum(len(turn["content"]) for turn in turns) < LONG_TEXT_CHARS:
+        if sum(len(part.text) for message in messages.messages for part in message.content) < LONG_TEXT_CHARS:
             return tokenizer.template.render(turns)
         return await asyncio.to_thread(tokenizer.template.render, turns)
 
@@ -70,4 +100,11 @@ class PromptReader:
 def _as_dict(message: pb.ChatMessage) -> dict[str, Any]:
     if not message.role:
         raise InvalidRequestError("messages: a message has no role; use user, assistant or system", field="messages")
+    if any(part.HasField("media") for part in message.content):
+        return {"role": message.role, "content": [_part_as_dict(part) for part in message.content]}
     return {"role": message.role, "content": "\n".join(part.text for part in message.content)}
+
+
+def _part_as_dict(part: pb.ContentPart) -> dict[str, str]:
+    """As the templates of models that see expect it."""
+    return {"type": "image"} if part.HasField("media") else {"type": "text", "text": part.text}

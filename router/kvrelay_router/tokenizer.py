@@ -45,6 +45,11 @@ class Tokenizer:
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
         return text
 
+    def text_of(self, token_id: int) -> str | None:
+        """As it stands in the vocabulary; None for an id that it does not have."""
+        text: str | None = self._tokenizer.id_to_token(token_id)
+        return text
+
     def is_byte(self, token_id: int) -> bool:
         """Whether the token is one byte of a character that the vocabulary lacks (byte fallback)."""
         return token_id in self._bytes

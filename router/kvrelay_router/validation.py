@@ -18,6 +18,8 @@ from kvrelay_core.request import ChoiceState, Generation, SamplingParams
 from kvrelay_core.rpc.wire import slo_from_wire
 from kvrelay_core.sampling_limits import LOGIT_BIAS_RANGE, SAMPLING_RANGES, Range, check_range
 from kvrelay_router.config import RequestLimits
+from kvrelay_router.media_input import MediaInput, media_items
+from kvrelay_router.prompt import Prompt
 from kvrelay_router.registry import ServedModel
 
 
@@ -28,6 +30,7 @@ class CheckedRequest:
     generation: Generation
     stop: tuple[str, ...]
     session_id: str = ""
+    items: tuple[MediaInput, ...] = ()  # what `generation.media` refer to
 
     @property
     def wants_logprobs(self) -> bool:
@@ -38,7 +41,11 @@ _SLO = Range(0, above=True)
 
 
 class RequestChecker:
-    def __init__(self, served_name: str, defaults: GenerationDefaults, limits: RequestLimits) -> None:
+    def __init__(
+        self, served_name: str, defaults: GenerationDefaults, limits: RequestLimits, no_media: str = ""
+    ) -> None:
+        """`no_media` says why media are refused, and what to do about it; empty: they are not."""
+        self._no_media = no_media
         self._served_name = served_name
         self._defaults = defaults
         self._limits = limits
@@ -46,8 +53,8 @@ class RequestChecker:
     def check_envelope(self, request: pb.GenerateRequest) -> None:
         """All that needs no tokens, so that a bad request costs no tokenization."""
         self.check_model(request.model)
-        if request.media or any(part.HasField("media") for m in request.messages.messages for part in m.content):
-            raise UnsupportedError("media: this cluster has no encoder; send text or token ids only", field="media")
+        if media_items(request) and self._no_media:
+            raise UnsupportedError(f"media: {self._no_media}", field="media")
         for name in ("request_id", "session_id", "cache_salt"):
             length = len(getattr(request, name))
             _require(length <= self._limits.max_name_chars, name, f"{length} characters", self._limits.max_name_chars)
@@ -61,13 +68,13 @@ class RequestChecker:
         if name not in ("", self._served_name):
             raise UnknownModelError(f"model {name!r} is not served here; use {self._served_name!r}", field="model")
 
-    def complete(self, request: pb.GenerateRequest, prompt: Sequence[int], model: ServedModel) -> CheckedRequest:
+    def complete(self, request: pb.GenerateRequest, prompt: Prompt, model: ServedModel) -> CheckedRequest:
         """With the prompt's tokens and the model that serves them. `check_envelope` came before."""
-        _check_prompt(prompt, model)
-        sampling = self._resolve_sampling(request.sampling, len(prompt), model)
+        _check_prompt(prompt.token_ids, model)
+        sampling = self._resolve_sampling(request.sampling, len(prompt.token_ids), model)
         wire = request.sampling
         generation = Generation(
-            prompt=tuple(prompt),
+            prompt=tuple(prompt.token_ids),
             sampling=sampling,
             seed=wire.seed if wire.HasField("seed") else secrets.randbits(64),
             choices=tuple(map(ChoiceState, range(wire.n if wire.HasField("n") else 1))),
@@ -75,8 +82,9 @@ class RequestChecker:
             cache_salt=request.cache_salt,
             priority=request.priority,
             slo=slo_from_wire(request.slo),
+            media=prompt.media,
         )
-        return CheckedRequest(generation, tuple(wire.stop), request.session_id)
+        return CheckedRequest(generation, tuple(wire.stop), request.session_id, prompt.items)
 
     def _check_sampling(self, wire: WireSampling) -> None:
         limits = self._limits

@@ -62,7 +62,8 @@ ProcessorConfig = QwenProcessorConfig | GemmaProcessorConfig
 
 
 def read_processor_config(folder: Path) -> ProcessorConfig | None:
-    """None for a model that takes no images, or none that this release knows. Raises ConfigError."""
+    """None for a model that takes no images, for none that this release knows, and for one whose folder says nothing
+    about images. Raises ConfigError for settings that cannot be followed."""
     config = read_json(folder / "config.json")
     read = _FAMILIES.get(config.get("model_type", ""))
     if read is None:
@@ -70,7 +71,7 @@ def read_processor_config(folder: Path) -> ProcessorConfig | None:
     processor = read_json(folder / "processor_config.json")
     image = processor.get("image_processor") or read_json(folder / "preprocessor_config.json")
     if not image:
-        raise ConfigError(f"{folder} has no preprocessor_config.json; a model that takes images needs one")
+        return None
     for flag in ("do_resize", "do_rescale", "do_normalize"):
         if image.get(flag) is False:
             raise ConfigError(f"{folder}: {flag} is false; only image processors that do it are served")

@@ -72,12 +72,12 @@ def test_settings_within_the_processors_file_win(tmp_path: Path) -> None:
 def test_a_text_model_has_none(tmp_path: Path) -> None:
     assert read_processor_config(write(tmp_path, {"model_type": "llama"})) is None
     assert read_processor_config(tmp_path / "nowhere") is None
+    assert read_processor_config(write(tmp_path, QWEN)) is None, "it does not say how images are processed"
 
 
 @pytest.mark.parametrize(
     ("config", "image", "message"),
     [
-        (QWEN, {}, "preprocessor_config.json"),
         (QWEN, {"do_resize": False}, "do_resize"),
         (QWEN, {"patch_size": 0}, "1 or more"),
         (QWEN, {"patch_size": "14"}, "1 or more"),
