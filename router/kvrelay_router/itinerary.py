@@ -1,7 +1,7 @@
 """The state machine of one request over its (prefill, decode) pair. Pure: events in, actions out.
 
-    place -> open prefill -> Accepted{ticket} -> open decode -> HandoffDone -> tokens ... endings -> complete
-      |             \\-> Finished{first token}: to the client at once
+    place -> [encode ->] open prefill -> Accepted{ticket} -> open decode -> HandoffDone -> tokens ... -> complete
+      |                         \\-> Finished{first token}: to the client at once
       \\-> decode alone: open decode without a ticket --------------------> tokens ...
 
 What goes wrong has a cheaper plan than failing: a refused ticket is offered to another decode worker, a lost
@@ -16,11 +16,14 @@ from __future__ import annotations
 import msgspec
 
 from kvrelay.v1.common_pb2 import KvTicket
-from kvrelay_core.errors import InternalError, KvRelayError, UnavailableError, WorkerLostError
-from kvrelay_core.request import ChoiceState, FinishReason, FirstToken, Generation
+from kvrelay_core.errors import InternalError, KvRelayError, UnavailableError, UnsupportedError, WorkerLostError
+from kvrelay_core.request import FinishReason, FirstToken, Generation
+from kvrelay_router import encode_messages as e
 from kvrelay_router import itinerary_messages as m
 from kvrelay_router.committer import Committer, Ending, Token
+from kvrelay_router.encode_stage import EncodeStage
 from kvrelay_router.leg import DecodeState, Leg, PrefillState
+from kvrelay_router.resume import may_resume
 from kvrelay_router.worker_errors import is_refusal, is_unfit, is_worth_another_place
 
 # A request that was on this many workers when they were lost may be what they died of (PROTOCOL C5).
@@ -39,7 +42,9 @@ class Itinerary:
         self._legs: dict[str, Leg] = {}
         self._died_on: set[str] = set()  # workers, of all legs: they carry the same prompt
         self._actions: list[m.Action] = []
+        self._do = self._actions.append
         self.is_over = False
+        self._encoding = EncodeStage(generation.media, self._do)
         self._first = Leg(request_id, tuple(choice.index for choice in generation.choices))
 
     @property
@@ -81,8 +86,10 @@ class Itinerary:
                 self._on_decode_ending(leg, ending)
             case m.Placed(route=route):
                 self._on_placed(leg, route)
-            case m.Unplaced():
-                self._on_unplaced(leg, event)
+            case m.Unplaced(error=error, all_refused=all_refused) if leg.is_placing:
+                self._fail(leg.unplaced_error(error, all_refused=all_refused))
+            case e.Encoded() | e.EncodeFailed() if leg.is_encoding:
+                self._on_encode(leg, event)
             case m.PrefillAccepted(ticket=ticket):
                 self._on_accepted(leg, ticket)
             case m.PrefillFinished(tokens=first):
@@ -112,7 +119,7 @@ class Itinerary:
         self._legs[leg.key] = leg
         for choice in leg.choices:
             self.committer.supersede(choice, self._attempt)
-        leg.committed_before = self._num_committed(leg)
+        leg.committed_before = leg.num_committed(self.committer)
 
     def _place(self, leg: Leg, prefill: str | None = None) -> None:
         leg.is_placing = True
@@ -126,25 +133,28 @@ class Itinerary:
         if leg.ticket is not None:
             self._open_decode(leg)
             return
-        leg.generation = msgspec.structs.replace(self._generation, choices=self._states(leg))
-        if route.prefill is None:
+        leg.generation = msgspec.structs.replace(self._generation, choices=leg.states(self.committer))
+        if route.prefill is None and self._encoding.has_items:
+            self._fail(UnsupportedError("images need a prefill worker; start one, and the router with --prefill"))
+        elif route.prefill is None:
             self._open_decode(leg)
-            return
+        elif not self._encoding.begin(leg):
+            self._open_prefill(leg)
+
+    def _on_encode(self, leg: Leg, event: e.Encoded | e.EncodeFailed) -> None:
+        if (error := self._encoding.handle(leg, event)) is not None:
+            self._fail(error)
+        elif not leg.is_encoding:
+            self._open_prefill(leg)
+
+    def _open_prefill(self, leg: Leg) -> None:
+        assert leg.generation is not None and leg.route.prefill is not None
         leg.wants_handoff = any(
             self._generation.sampling.max_tokens - self.committer.next_position(choice) > 1 for choice in leg.choices
         )
         leg.prefill = PrefillState.OPEN
-        self._do(m.OpenPrefill(leg.key, leg.attempt, route.prefill, leg.generation, leg.wants_handoff))
-
-    def _on_unplaced(self, leg: Leg, event: m.Unplaced) -> None:
-        if not leg.is_placing:
-            return
-        if leg.cause is None:
-            self._fail(event.error)
-        elif event.all_refused:
-            self._fail(leg.cause)
-        else:
-            self._fail(UnavailableError(f"{event.error.message}; before that: {leg.cause.message}"))
+        worker, tickets = leg.route.prefill, self._encoding.tickets(leg)
+        self._do(m.OpenPrefill(leg.key, leg.attempt, worker, leg.generation, leg.wants_handoff, tickets))
 
     def _open_decode(self, leg: Leg) -> None:
         assert leg.generation is not None
@@ -196,13 +206,14 @@ class Itinerary:
                 # As decode says it of any later token: an end of sequence is a stop token, too.
                 stop_id = first.token_id if first.finish_reason is FinishReason.STOP else None
                 self._end(leg, Ending(first.choice, first.finish_reason, first.position + 1, stop_id))
-        if leg.ticket is None and not self._is_over(leg):
+        if leg.ticket is None and not leg.is_over(self.committer):
             self._fail(InternalError("prefill finished without a ticket, and the request did not end there"))
 
     def _on_prefill_gone(self, leg: Leg, error: KvRelayError, *, lost: bool) -> None:
         if leg.prefill in (PrefillState.NONE, PrefillState.CLOSED):
             return
         was, leg.prefill = leg.prefill, PrefillState.CLOSED
+        counts = self._encoding.counts_as_replacement(leg, error)
         assert leg.route.prefill is not None
         if lost:
             self._note_death(leg, leg.route.prefill)
@@ -214,7 +225,7 @@ class Itinerary:
             leg.refused_by.add(leg.route.prefill)
             self._place_anew(leg, error, counts=False)
         elif lost or is_worth_another_place(error):
-            self._place_anew(leg, error, counts=True)
+            self._place_anew(leg, error, counts=counts)
         else:
             self._fail(error)
 
@@ -252,13 +263,9 @@ class Itinerary:
         self._place_anew(leg, event.error, counts=True)
 
     def _may_resume(self, leg: Leg, verified_tokens: int) -> bool:
-        """Whether decode may compute what it has no KV of."""
-        pending = [choice for choice in leg.choices if not self.committer.is_over(choice)]
-        committed = max(map(self.committer.next_position, pending), default=0)
-        if (len(pending) > 1 and committed) or self._num_deaths(leg) >= MAX_DEATHS:
-            return False
-        missing = len(self._generation.prompt) + committed - verified_tokens
-        return missing <= leg.route.decode_alone_tokens
+        if self._num_deaths(leg) >= MAX_DEATHS or self._encoding.needs_embeddings(verified_tokens):
+            return False  # decode has no embeddings
+        return may_resume(leg, self.committer, len(self._generation.prompt), verified_tokens)
 
     def _resume(self, leg: Leg) -> None:
         lost, route = leg.attempt, leg.route
@@ -266,7 +273,7 @@ class Itinerary:
         self._begin_attempt(leg)
         leg.placed_on = route
         leg.decode = DecodeState.RUNNING
-        self._do(m.ResumeDecode(leg.key, leg.attempt, route.decode, lost, self._states(leg)))
+        self._do(m.ResumeDecode(leg.key, leg.attempt, route.decode, lost, leg.states(self.committer)))
 
     def _on_handed_back(self, leg: Leg, error: KvRelayError) -> None:
         if leg.decode not in (DecodeState.OPEN, DecodeState.RUNNING):
@@ -274,7 +281,7 @@ class Itinerary:
         leg.decode = DecodeState.CLOSED
         self._close_prefill(leg)
         # Preemption is no fault; but without a new token since the last placement it could go on for ever.
-        self._place_anew(leg, error, counts=self._num_committed(leg) <= leg.committed_before)
+        self._place_anew(leg, error, counts=leg.num_committed(self.committer) <= leg.committed_before)
 
     def _on_decode_failed(self, leg: Leg, error: KvRelayError) -> None:
         if leg.decode not in (DecodeState.OPEN, DecodeState.RUNNING):
@@ -297,7 +304,7 @@ class Itinerary:
             leg.cause = error
             self._place(leg, prefill=leg.route.prefill)
             return True
-        if leg.route.prefill is None and self._num_committed(leg) <= leg.committed_before:
+        if leg.route.prefill is None and leg.num_committed(self.committer) <= leg.committed_before:
             leg.refused_by.add(leg.route.decode)
             self._place_anew(leg, error, counts=False)
             return True
@@ -318,7 +325,7 @@ class Itinerary:
 
     def _abort_choices(self, leg: Leg, choices: tuple[int, ...]) -> None:
         """Of a leg that goes on with others."""
-        if choices and leg.decode in (DecodeState.OPEN, DecodeState.RUNNING) and not self._is_over(leg):
+        if choices and leg.decode in (DecodeState.OPEN, DecodeState.RUNNING) and not leg.is_over(self.committer):
             self._do(m.AbortChoices(leg.key, leg.attempt, leg.route.decode, choices))
             for choice in choices:
                 leg.decode_ended(choice)
@@ -353,22 +360,13 @@ class Itinerary:
         if ending is not None:
             self._do(m.FinishChoice(ending))
 
-    def _is_over(self, leg: Leg) -> bool:
-        return all(map(self.committer.is_over, leg.choices))
-
-    def _num_committed(self, leg: Leg) -> int:
-        return sum(map(self.committer.next_position, leg.choices))
-
-    def _states(self, leg: Leg) -> tuple[ChoiceState, ...]:
-        return tuple(ChoiceState(choice, self.committer.committed(choice)) for choice in leg.choices)
-
     # ------------------------------------------------------------------------------------------- end
 
     def _settle(self) -> None:
         """Closes the legs that have nothing left to do, and the request after the last one."""
         if self.is_over:
             return
-        for leg in [leg for leg in self._legs.values() if self._is_over(leg)]:
+        for leg in [leg for leg in self._legs.values() if leg.is_over(self.committer)]:
             self._close(leg, "every choice has ended")
         for leg in [leg for leg in self._legs.values() if leg.is_stranded]:
             # Decode sent all it had before it ended, so what is missing will not come any more.
@@ -380,6 +378,7 @@ class Itinerary:
 
     def _close(self, leg: Leg, reason: str) -> None:
         self._abort_decode(leg, reason)
+        self._encoding.cancel(leg)
         self._close_prefill(leg)
         self._legs.pop(leg.key, None)
 
@@ -391,9 +390,7 @@ class Itinerary:
         self.is_over = True
         self._do(m.Fail(error))
 
-    def _do(self, action: m.Action) -> None:
-        self._actions.append(action)
-
     def _take_actions(self) -> list[m.Action]:
-        actions, self._actions = self._actions, []
+        actions = self._actions.copy()
+        self._actions.clear()
         return actions

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvrelay.v1.common_pb2 import KvTicket
+from kvrelay.v1.common_pb2 import EmbeddingTicket, KvTicket
 from kvrelay_core.errors import KvRelayError
 from kvrelay_core.request import ChoiceState, FirstToken, Generation
 from kvrelay_router.committer import Ending, Token
@@ -153,6 +153,7 @@ class OpenPrefill(LegAction):
     worker: str
     generation: Generation
     handoff: bool
+    embeddings: tuple[EmbeddingTicket, ...] = ()  # of each media item of the generation
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from kvrelay.v1.common_pb2 import KvTicket
-from kvrelay_core.errors import KvRelayError
-from kvrelay_core.request import Generation
+from kvrelay.v1.common_pb2 import EmbeddingTicket, KvTicket
+from kvrelay_core.errors import KvRelayError, UnavailableError
+from kvrelay_core.request import ChoiceState, Generation
+from kvrelay_router.committer import Committer
 from kvrelay_router.itinerary_messages import Route
 
 
@@ -41,6 +42,10 @@ class Leg:
     wants_handoff: bool = False
     generation: Generation | None = None  # as both workers get it
     ticket: KvTicket | None = None
+    unencoded: set[bytes] = field(default_factory=set)  # media items without a ticket yet
+    embeddings: dict[bytes, EmbeddingTicket] = field(default_factory=dict)  # of the others
+    encoded_by: dict[bytes, str] = field(default_factory=dict)  # item -> encoder
+    encode_failures: int = 0
     ended_at_decode: set[int] = field(default_factory=set)
     died_at: set[str] = field(default_factory=set)
     # Over all attempts:
@@ -48,6 +53,8 @@ class Leg:
     deaths: int = 0
     refused_by: set[str] = field(default_factory=set)
     lost_on: set[str] = field(default_factory=set)
+    avoided_encoders: set[str] = field(default_factory=set)
+    lost_embeddings: int = 0
     cause: KvRelayError | None = None  # why it is placed again
     committed_before: int = 0  # tokens when the attempt began
 
@@ -55,6 +62,10 @@ class Leg:
     def route(self) -> Route:
         assert self.placed_on is not None, "not placed yet"
         return self.placed_on
+
+    @property
+    def is_encoding(self) -> bool:
+        return bool(self.unencoded)
 
     @property
     def is_prefilling(self) -> bool:
@@ -68,7 +79,7 @@ class Leg:
     def is_stranded(self) -> bool:
         """No worker works for it, and none is being sought."""
         decode_works = self.decode in (DecodeState.OPEN, DecodeState.RUNNING)
-        return not (self.is_placing or self.is_prefilling or decode_works)
+        return not (self.is_placing or self.is_encoding or self.is_prefilling or decode_works)
 
     def begin_attempt(self, attempt: int) -> None:
         assert attempt > self.attempt
@@ -80,6 +91,10 @@ class Leg:
         self.wants_handoff = False
         self.generation = None
         self.ticket = None
+        self.unencoded = set()
+        self.embeddings = {}
+        self.encoded_by = {}
+        self.encode_failures = 0
         self.ended_at_decode = set()
         self.died_at = set()
 
@@ -107,6 +122,21 @@ class Leg:
             self.deaths += 1
         self.lost_on.add(worker)
 
+    def is_over(self, committer: Committer) -> bool:
+        return all(map(committer.is_over, self.choices))
+
+    def num_committed(self, committer: Committer) -> int:
+        return sum(map(committer.next_position, self.choices))
+
+    def states(self, committer: Committer) -> tuple[ChoiceState, ...]:
+        return tuple(ChoiceState(choice, committer.committed(choice)) for choice in self.choices)
+
+    def unplaced_error(self, error: KvRelayError, *, all_refused: bool) -> KvRelayError:
+        """What the request fails with when `error` kept it from being placed."""
+        if self.cause is None:
+            return error
+        return self.cause if all_refused else UnavailableError(f"{error.message}; before that: {self.cause.message}")
+
     def split(self, choices: tuple[int, ...]) -> list[Leg]:
         """A leg for each choice."""
         return [self] if len(choices) == 1 else [self._for_choice(choice) for choice in choices]
@@ -122,5 +152,7 @@ class Leg:
             deaths=self.deaths,
             refused_by=set(self.refused_by),
             lost_on=set(self.lost_on),
+            avoided_encoders=set(self.avoided_encoders),
+            lost_embeddings=self.lost_embeddings,
             cause=self.cause,
         )

@@ -2,344 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from itinerary_world import World
 
-from kvrelay.v1.common_pb2 import KvTicket
 from kvrelay_core.errors import (
-    DeadlineError,
-    DrainingError,
     HandoffError,
-    InternalError,
+    InvalidRequestError,
     KvRelayError,
     MismatchError,
     OverloadedError,
     RequestCancelledError,
-    StaleTicketError,
-    UnavailableError,
+    UnsupportedError,
     WorkerLostError,
 )
-from kvrelay_core.request import ChoiceState, FinishReason, FirstToken, Generation, SamplingParams
 from kvrelay_router import itinerary_messages as m
-from kvrelay_router.committer import Ending, Token
-from kvrelay_router.itinerary import Itinerary
-
-ERRORS: tuple[KvRelayError, ...] = (
-    OverloadedError("full"),
-    DrainingError("draining"),
-    StaleTicketError("stale"),
-    MismatchError("layout"),
-    InternalError("a bug"),
-    WorkerLostError("its engine died"),
-)
-LOST = WorkerLostError("gone")
-WORKERS = ("w0", "w1", "w2")
-Key = tuple[str, int]
-
-
-def token_of(choice: int, position: int) -> int:
-    return 1000 * choice + position
-
-
-@dataclass
-class AtPrefill:
-    """One request open at a prefill worker."""
-
-    generation: Generation
-    handoff: bool
-    accepted: bool = False
-    finished: bool = False
-    handed_over: bool = False  # decode has all KV
-
-
-@dataclass
-class AtDecode:
-    generation: Generation
-    worker: str
-    attempt: int
-    has_kv: bool = False
-    resumed: bool = False
-    next_position: dict[int, int] = field(default_factory=dict)
-    ended: set[int] = field(default_factory=set)
-
-
-class World:
-    """Workers and client of one request. Checks every action; makes every event that may come now."""
-
-    def __init__(self, num_choices: int, max_tokens: int, max_replacements: int, decode_alone_tokens: int) -> None:
-        self.max_tokens = max_tokens
-        self.decode_alone_tokens = decode_alone_tokens
-        choices = tuple(map(ChoiceState, range(num_choices)))
-        sampling = SamplingParams(max_tokens=max_tokens)
-        generation = Generation(prompt=(1, 2, 3), sampling=sampling, seed=1, choices=choices)
-        self.itinerary = Itinerary("r", generation, max_replacements)
-        self.prefill: dict[Key, AtPrefill] = {}
-        self.decode: dict[str, AtDecode] = {}
-        self.placing: dict[str, m.Place] = {}
-        self.client: dict[int, list[int]] = {index: [] for index in range(num_choices)}
-        self.finished: set[int] = set()
-        self.stopped: set[int] = set()
-        self.outcomes: list[m.Complete | m.Fail] = []
-        self.attempts: dict[str, int] = {}
-        self.highest_attempt = 0
-        self.past: list[m.LegEvent] = []
-        self.take(self.itinerary.start())
-
-    # ------------------------------------------------------------------------------ actions, checked
-
-    def take(self, actions: list[m.Action]) -> None:
-        for action in actions:
-            assert not self.outcomes, f"{action} after the end"
-            match action:
-                case m.Place(leg=leg, attempt=attempt):
-                    self.note_attempt(leg, attempt)
-                    self.placing[leg] = action
-                case m.OpenPrefill(leg=leg, attempt=attempt):
-                    assert (leg, attempt) not in self.prefill
-                    assert len(action.generation.choices) == 1 or not any(
-                        c.committed for c in action.generation.choices
-                    )
-                    self.prefill[leg, attempt] = AtPrefill(action.generation, action.handoff)
-                case m.CancelPrefill(leg=leg, attempt=attempt):
-                    assert not self.prefill.pop((leg, attempt)).finished, "cancelled what has finished"
-                case m.ReleaseTicket(leg=leg, attempt=attempt):
-                    assert self.prefill.pop((leg, attempt)).finished, "released what has not finished"
-                case m.OpenDecode(leg=leg, attempt=attempt):
-                    assert leg not in self.decode
-                    starts = {choice.index: len(choice.committed) for choice in action.generation.choices}
-                    call = AtDecode(action.generation, action.worker, attempt, next_position=starts)
-                    call.has_kv = action.ticket is None
-                    self.decode[leg] = call
-                case m.ResumeDecode():
-                    self.resume(action)
-                case m.AbortDecode(leg=leg, attempt=attempt):
-                    assert self.decode.pop(leg).attempt == attempt
-                case m.AbortChoices():
-                    self.abort_choices(action)
-                case m.Commit(choice=choice, tokens=tokens):
-                    for token in tokens:
-                        assert token.position == len(self.client[choice]), "a gap or a token twice"
-                        assert choice not in self.finished
-                        self.client[choice].append(token.token_id)
-                case m.FinishChoice(ending=ending):
-                    assert ending.choice not in self.finished | self.stopped
-                    assert ending.num_tokens == len(self.client[ending.choice])
-                    self.finished.add(ending.choice)
-                case m.Complete() | m.Fail():
-                    self.outcomes.append(action)
-
-    def abort_choices(self, action: m.AbortChoices) -> None:
-        call = self.decode[action.leg]
-        assert call.attempt == action.attempt
-        assert not call.ended & set(action.choices), "they have ended there already"
-        assert set(action.choices) <= self.finished | self.stopped, "somebody still wants them"
-        call.ended.update(action.choices)
-        if call.ended >= call.next_position.keys():
-            del self.decode[action.leg]
-
-    def note_attempt(self, leg: str, attempt: int) -> None:
-        assert attempt >= self.attempts.get(leg, 0), "attempts only increase"
-        assert attempt <= self.highest_attempt + 1
-        self.attempts[leg] = attempt
-        self.highest_attempt = max(self.highest_attempt, attempt)
-
-    def resume(self, action: m.ResumeDecode) -> None:
-        call = self.decode[action.leg]
-        assert call.attempt == action.lost_attempt and not call.has_kv
-        assert len(action.choices) == 1 or not any(choice.committed for choice in action.choices)
-        self.note_attempt(action.leg, action.attempt)
-        call.attempt, call.has_kv, call.resumed = action.attempt, True, True
-        call.next_position = {choice.index: len(choice.committed) for choice in action.choices}
-        call.ended = set()
-
-    # --------------------------------------------------------------------------------------- events
-
-    def feed(self, event: m.Event) -> None:
-        if isinstance(event, m.LegEvent):
-            self.past.append(event)
-        self.take(self.itinerary.handle(event))
-
-    def moves(self) -> list[Callable[[], None]]:
-        """Everything that may happen next, the harmful included."""
-        found: list[Callable[[], None]] = []
-        for leg in self.placing:
-            found += [lambda leg=leg, worker=worker: self.place(leg, worker) for worker in WORKERS]  # type: ignore[misc]
-            found.append(lambda leg=leg: self.place(leg, "w0", alone=True))  # type: ignore[misc]
-            found.append(lambda leg=leg: self.refuse_place(leg))  # type: ignore[misc]
-        for key in self.prefill:
-            found += self.prefill_moves(key)
-        for leg in self.decode:
-            found += self.decode_moves(leg)
-        found.append(lambda: self.feed(m.Abandon(RequestCancelledError("cancelled"))))
-        found.append(lambda: self.feed(m.Abandon(DeadlineError("too late"))))
-        found += [lambda c=c: self.stop(c) for c in self.client if c not in self.finished | self.stopped]  # type: ignore[misc]
-        old = [event for event in self.past if event.attempt < self.highest_attempt]
-        found += [lambda event=event: self.repeat(event) for event in old[-3:]]  # type: ignore[misc]
-        return found
-
-    def place(self, leg: str, worker: str, *, alone: bool = False) -> None:
-        place = self.placing.pop(leg)
-        prefill = place.prefill or (None if alone else f"p-{worker}")
-        route = m.Route(prefill, f"d-{worker}", self.decode_alone_tokens)
-        self.feed(m.Placed(leg, place.attempt, route))
-
-    def refuse_place(self, leg: str) -> None:
-        place = self.placing.pop(leg)
-        self.feed(m.Unplaced(leg, place.attempt, UnavailableError("nobody")))
-
-    def stop(self, choice: int) -> None:
-        self.stopped.add(choice)
-        self.feed(m.StopChoice(choice))
-        for call in self.decode.values():
-            assert choice not in call.next_position or choice in call.ended, "decode computes what nobody wants"
-
-    def repeat(self, event: m.LegEvent) -> None:
-        """Of a superseded attempt: must change nothing."""
-        leg = self.attempts.get(event.leg, 0)
-        if event.attempt < leg:
-            before = (dict(self.prefill), dict(self.decode), self.itinerary.committer.num_committed)
-            actions = self.itinerary.handle(event)
-            assert actions == []
-            assert before == (self.prefill, self.decode, self.itinerary.committer.num_committed)
-
-    def prefill_moves(self, key: Key) -> list[Callable[[], None]]:
-        call = self.prefill[key]
-        found: list[Callable[[], None]] = [lambda: self.lose_prefill(key)]
-        if not call.finished:
-            found += [lambda error=error: self.fail_prefill(key, error) for error in ERRORS]  # type: ignore[misc]
-            found.append(lambda: self.accept(key))  # also a second time
-        if call.accepted and not call.finished:
-            found.append(lambda: self.finish_prefill(key))
-        return found
-
-    def accept(self, key: Key) -> None:
-        self.prefill[key].accepted = True
-        ticket = KvTicket(ticket_id="t") if self.prefill[key].handoff else None
-        self.feed(m.PrefillAccepted(*key, ticket))
-
-    def finish_prefill(self, key: Key) -> None:
-        call = self.prefill[key]
-        call.finished = True
-        if not call.handoff or call.handed_over or self.decode_is_through(key[0]):
-            del self.prefill[key]  # it holds nothing any more
-        tokens = [self.first_token(choice) for choice in call.generation.choices]
-        self.feed(m.PrefillFinished(*key, tuple(tokens)))
-
-    def decode_is_through(self, leg: str) -> bool:
-        """Decode had its last word before prefill's own: nobody waits for the ticket, nor is to be found for it."""
-        states = {held.key: held for held in self.itinerary.legs}
-        waits = leg in self.decode or leg in self.placing
-        return not waits and leg in states and bool(states[leg].ended_at_decode)
-
-    def first_token(self, choice: ChoiceState) -> FirstToken:
-        position = len(choice.committed)
-        reason = FinishReason.LENGTH if position + 1 == self.max_tokens else None
-        return FirstToken(choice.index, position, token_of(choice.index, position), None, reason)
-
-    def fail_prefill(self, key: Key, error: KvRelayError) -> None:
-        del self.prefill[key]
-        self.feed(m.PrefillFailed(*key, error))
-
-    def lose_prefill(self, key: Key) -> None:
-        del self.prefill[key]
-        self.feed(m.PrefillLost(*key, LOST))
-
-    def decode_moves(self, leg: str) -> list[Callable[[], None]]:
-        call = self.decode[leg]
-        found: list[Callable[[], None]] = [lambda: self.end_decode(leg, m.DecodeLost(leg, call.attempt, LOST))]
-        found += [
-            lambda error=error: self.end_decode(leg, m.DecodeFailed(leg, call.attempt, error))  # type: ignore[misc]
-            for error in ERRORS
-        ]
-        found.append(lambda: self.end_decode(leg, m.HandedBack(leg, call.attempt, OverloadedError("preempted"))))
-        if not call.has_kv:
-            found.append(lambda: self.hand_over(leg))
-            found.append(lambda: self.feed(m.HandoffLost(leg, call.attempt, HandoffError("lost"))))
-        for choice, position in call.next_position.items():
-            if choice not in call.ended and (call.has_kv or position == 0):
-                found.append(lambda choice=choice: self.generate(leg, choice, 1))  # type: ignore[misc]
-                found.append(lambda choice=choice: self.generate(leg, choice, -1))  # type: ignore[misc]
-                found.append(lambda choice=choice: self.drop_token(leg, choice))  # type: ignore[misc]
-        return found
-
-    def hand_over(self, leg: str) -> None:
-        call = self.decode[leg]
-        call.has_kv = True
-        key = (leg, call.attempt)
-        if key in self.prefill:
-            self.prefill[key].handed_over = True
-            if self.prefill[key].finished:
-                del self.prefill[key]  # decode released the ticket
-        self.feed(m.HandoffDone(leg, call.attempt))
-
-    def generate(self, leg: str, choice: int, step: int) -> None:
-        """The next token, or with step -1 the one before once more; the last one also ends the choice."""
-        call = self.decode[leg]
-        position = call.next_position[choice] + min(step, 0)
-        if not 0 <= position < self.max_tokens:
-            return
-        call.next_position[choice] = position + 1
-        self.feed(m.DecodeTokens(leg, call.attempt, (Token(choice, position, token_of(choice, position)),)))
-        if self.decode.get(leg) is not call or position + 1 < self.max_tokens or self.outcomes:
-            return
-        call.ended.add(choice)
-        if call.ended >= call.next_position.keys():
-            del self.decode[leg]
-        self.feed(m.DecodeEnding(leg, call.attempt, Ending(choice, FinishReason.LENGTH, self.max_tokens)))
-
-    def drop_token(self, leg: str, choice: int) -> None:
-        """A token that never arrives: what follows stands behind a gap."""
-        call = self.decode[leg]
-        if call.next_position[choice] + 1 < self.max_tokens:
-            call.next_position[choice] += 1
-
-    def end_decode(self, leg: str, event: m.LegEvent) -> None:
-        del self.decode[leg]
-        self.feed(event)
-
-    # ------------------------------------------------------------------------------------- the end
-
-    def let_it_end(self) -> None:
-        """From now on nothing goes wrong any more; what holds a broken hand-off says so."""
-        for _ in range(200):
-            if self.outcomes:
-                return
-            moves = self.good_moves()
-            assert moves, f"nobody works: {self.itinerary.legs}"
-            moves[0]()
-        raise AssertionError(f"never ends: {self.itinerary.legs}, {self.prefill}, {self.decode}, {self.placing}")
-
-    def good_moves(self) -> list[Callable[[], None]]:
-        """Those of workers that do as they should."""
-        found: list[Callable[[], None]] = [lambda leg=leg: self.place(leg, "w0") for leg in self.placing]  # type: ignore[misc]
-        for key, call in self.prefill.items():
-            if not call.finished:
-                step = self.finish_prefill if call.accepted else self.accept
-                found.append(lambda key=key, step=step: step(key))  # type: ignore[misc]
-        for leg, at_decode in self.decode.items():
-            if at_decode.has_kv:
-                going_on = at_decode.next_position.keys() - at_decode.ended
-                found += [lambda leg=leg, c=c: self.generate(leg, c, 1) for c in sorted(going_on)]  # type: ignore[misc]
-            elif (leg, at_decode.attempt) in self.prefill:
-                found.append(lambda leg=leg: self.hand_over(leg))  # type: ignore[misc]
-            else:
-                lost = m.HandoffLost(leg, at_decode.attempt, HandoffError("lost"))
-                found.append(lambda lost=lost: self.feed(lost))  # type: ignore[misc]
-        return found
-
-    def check_end(self) -> None:
-        assert len(self.outcomes) == 1
-        assert not self.prefill, "a prefill request was never closed"
-        assert not self.decode, "a decode request was never closed"
-        if isinstance(self.outcomes[0], m.Complete):
-            assert self.finished | self.stopped == self.client.keys()
-        for choice, tokens in self.client.items():
-            assert tokens == [token_of(choice, position) for position in range(len(tokens))]
-            assert len(tokens) == self.max_tokens or choice not in self.finished
-        assert self.itinerary.handle(m.Abandon(RequestCancelledError("again"))) == []
+from kvrelay_router.encode_stage import FREE_LOSSES, MAX_FAILURES
 
 
 @settings(max_examples=600, deadline=None)
@@ -350,6 +29,7 @@ class World:
     max_replacements=st.integers(0, 3),
     decode_alone_tokens=st.sampled_from([0, 4, 100]),
     num_moves=st.integers(10, 40),
+    num_images=st.integers(0, 3),
 )
 def test_whatever_happens_there_is_one_outcome_and_nothing_is_left(
     data: st.DataObject,
@@ -358,8 +38,9 @@ def test_whatever_happens_there_is_one_outcome_and_nothing_is_left(
     max_replacements: int,
     decode_alone_tokens: int,
     num_moves: int,
+    num_images: int,
 ) -> None:
-    world = World(num_choices, max_tokens, max_replacements, decode_alone_tokens)
+    world = World(num_choices, max_tokens, max_replacements, decode_alone_tokens, num_images)
     for _ in range(num_moves):
         if world.outcomes:
             break
@@ -369,10 +50,111 @@ def test_whatever_happens_there_is_one_outcome_and_nothing_is_left(
     world.check_end()
 
 
-@given(num_choices=st.integers(1, 3), max_tokens=st.integers(1, 4))
-def test_undisturbed_it_completes_at_the_first_attempt(num_choices: int, max_tokens: int) -> None:
-    world = World(num_choices, max_tokens, max_replacements=0, decode_alone_tokens=0)
+@given(num_choices=st.integers(1, 3), max_tokens=st.integers(1, 4), num_images=st.integers(0, 3))
+def test_undisturbed_it_completes_at_the_first_attempt(num_choices: int, max_tokens: int, num_images: int) -> None:
+    world = World(num_choices, max_tokens, max_replacements=0, decode_alone_tokens=0, num_images=num_images)
     world.let_it_end()
     world.check_end()
     assert isinstance(world.outcomes[0], m.Complete)
     assert world.itinerary.num_attempts == 1
+
+
+# ------------------------------------------------------------------------------------------ images
+
+KEY = ("r", 1)
+
+
+def encoding_world(num_images: int = 2, max_replacements: int = 0, decode_alone_tokens: int = 100) -> World:
+    """Placed, and waiting for its images."""
+    world = World(1, 3, max_replacements, decode_alone_tokens, num_images)
+    world.place("r", "w0")
+    assert world.encoding == {KEY: set(world.images)} and not world.prefill
+    return world
+
+
+def end_well(world: World) -> None:
+    world.let_it_end()
+    world.check_end()
+    assert isinstance(world.outcomes[0], m.Complete)
+
+
+def test_an_item_that_one_encoder_refuses_is_asked_of_another_and_the_others_are_not_asked_again() -> None:
+    world = encoding_world()
+    first, second = world.images
+    world.encoded(KEY, {first}, "e0")
+    world.fail_encode(KEY, {second}, "e1", OverloadedError("full"))
+    assert world.encoding == {KEY: {second}}
+    end_well(world)
+
+
+@pytest.mark.parametrize("error", [InvalidRequestError("cut off"), MismatchError("another model")])
+def test_what_no_other_encoder_could_do_better_fails_at_once(error: KvRelayError) -> None:
+    world = encoding_world()
+    world.encoded(KEY, {world.images[0]}, "e0")
+    world.fail_encode(KEY, {world.images[1]}, "e1", error)
+    assert world.outcomes == [m.Fail(error)]
+    world.check_end()
+
+
+def test_encoders_die_of_an_image_no_more_than_twice() -> None:
+    world = encoding_world(1)
+    world.fail_encode(KEY, set(world.images), "e0", WorkerLostError("gone"))
+    assert world.encoding[KEY], "it is tried once more"
+    world.fail_encode(KEY, set(world.images), "e1", WorkerLostError("gone"))
+    (outcome,) = world.outcomes
+    assert isinstance(outcome, m.Fail) and "2 encoders were lost" in outcome.error.message
+
+
+def test_refusals_are_bounded_too() -> None:
+    world = encoding_world(1)
+    for _ in range(MAX_FAILURES):
+        assert not world.outcomes
+        world.fail_encode(KEY, set(world.images), "e0", OverloadedError("full"))
+    assert len(world.outcomes) == 1
+
+
+def test_a_lost_embedding_is_encoded_elsewhere_without_counting_as_a_replacement() -> None:
+    world = encoding_world(max_replacements=0)
+    for attempt in range(1, 1 + FREE_LOSSES):
+        world.encoded(("r", attempt), set(world.images), f"e{attempt - 1}")
+        world.lose_embedding(("r", attempt), world.images[0])
+        world.place("r", "w0")
+    assert world.bad_encoders["r"] == {"e0", "e1"}
+    end_well(world)
+
+
+def test_embeddings_that_are_lost_again_and_again_end_the_request() -> None:
+    world = encoding_world(1, max_replacements=1)
+    for attempt in range(1, 3 + FREE_LOSSES):
+        assert not world.outcomes
+        world.encoded(("r", attempt), set(world.images), "e0")
+        world.lose_embedding(("r", attempt), world.images[0])
+        if world.placing:
+            world.place("r", "w0")
+    world.check_end()
+    assert isinstance(world.outcomes[0], m.Fail)
+
+
+def test_decode_does_not_compute_images_after_a_lost_hand_off() -> None:
+    """Verified KV up to the last placeholder's end is enough; one token less is not."""
+    for verified_tokens, resumes in ((2, True), (1, False)):
+        world = encoding_world(2, max_replacements=1)
+        world.encoded(KEY, set(world.images), "e0")
+        world.accept(KEY)
+        world.feed(m.HandoffLost("r", 1, HandoffError("lost"), verified_tokens))
+        assert bool(world.placing) is not resumes
+        end_well(world)
+
+
+def test_a_cancelled_request_cancels_its_encodes() -> None:
+    world = encoding_world()
+    world.feed(m.Abandon(RequestCancelledError("gone")))
+    assert not world.encoding
+    world.check_end()
+
+
+def test_images_are_never_computed_on_decode_alone() -> None:
+    world = World(1, 3, 0, 100, num_images=1)
+    world.place("r", "w0", alone=True)
+    (outcome,) = world.outcomes
+    assert isinstance(outcome, m.Fail) and isinstance(outcome.error, UnsupportedError)
