@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Unpack
 
@@ -10,7 +10,7 @@ import grpc
 
 from kvrelay.v1 import inference_pb2 as pb
 from kvrelay.v1.inference_pb2_grpc import InferenceServiceStub
-from kvrelay_client.requests import GenerateOptions, build_request
+from kvrelay_client.requests import GenerateOptions, Message, build_request
 from kvrelay_client.responses import (
     Completion,
     Delta,
@@ -82,7 +82,7 @@ class AsyncClient:
         prompt: str | None = None,
         *,
         token_ids: Sequence[int] | None = None,
-        messages: Sequence[Mapping[str, str]] | None = None,
+        messages: Sequence[Message] | None = None,
         timeout_s: float | None = None,
         **options: Unpack[GenerateOptions],
     ) -> GenerateStream:
@@ -95,7 +95,7 @@ class AsyncClient:
         prompt: str | None = None,
         *,
         token_ids: Sequence[int] | None = None,
-        messages: Sequence[Mapping[str, str]] | None = None,
+        messages: Sequence[Message] | None = None,
         timeout_s: float | None = None,
         **options: Unpack[GenerateOptions],
     ) -> Completion:
@@ -110,7 +110,7 @@ class AsyncClient:
         prompt: str | None = None,
         *,
         token_ids: Sequence[int] | None = None,
-        messages: Sequence[Mapping[str, str]] | None = None,
+        messages: Sequence[Message] | None = None,
         timeout_s: float | None = None,
         **options: Unpack[GenerateOptions],
     ) -> list[Completion]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Unpack
 
@@ -11,7 +11,7 @@ import grpc
 from kvrelay.v1 import inference_pb2 as pb
 from kvrelay.v1.inference_pb2_grpc import InferenceServiceStub
 from kvrelay_client.async_client import MODEL_INFO_TIMEOUT_S, credentials_metadata, require_one_choice
-from kvrelay_client.requests import GenerateOptions, build_request
+from kvrelay_client.requests import GenerateOptions, Message, build_request
 from kvrelay_client.responses import (
     Completion,
     Delta,
@@ -74,7 +74,7 @@ class Client:
         prompt: str | None = None,
         *,
         token_ids: Sequence[int] | None = None,
-        messages: Sequence[Mapping[str, str]] | None = None,
+        messages: Sequence[Message] | None = None,
         timeout_s: float | None = None,
         **options: Unpack[GenerateOptions],
     ) -> BlockingGenerateStream:
@@ -88,7 +88,7 @@ class Client:
         prompt: str | None = None,
         *,
         token_ids: Sequence[int] | None = None,
-        messages: Sequence[Mapping[str, str]] | None = None,
+        messages: Sequence[Message] | None = None,
         timeout_s: float | None = None,
         **options: Unpack[GenerateOptions],
     ) -> Completion:
@@ -101,7 +101,7 @@ class Client:
         prompt: str | None = None,
         *,
         token_ids: Sequence[int] | None = None,
-        messages: Sequence[Mapping[str, str]] | None = None,
+        messages: Sequence[Message] | None = None,
         timeout_s: float | None = None,
         **options: Unpack[GenerateOptions],
     ) -> list[Completion]:

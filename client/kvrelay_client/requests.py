@@ -30,6 +30,10 @@ class SamplingOptions(TypedDict, total=False):
     logit_bias: Mapping[int, float]
 
 
+# {"role": ..., "content": a text, or a sequence of content parts}; a part is a mapping as `_part` takes it.
+Message = Mapping[str, Any]
+
+
 class GenerateOptions(SamplingOptions, total=False):
     model: str
     request_id: str
@@ -38,12 +42,13 @@ class GenerateOptions(SamplingOptions, total=False):
     priority: int
     ttft_ms: float
     itl_ms: float
+    media: Sequence[bytes | str]  # of a prompt or token ids, in order: an image file's bytes, or a data: URL
 
 
 def build_request(
     prompt: str | None,
     token_ids: Sequence[int] | None,
-    messages: Sequence[Mapping[str, str]] | None,
+    messages: Sequence[Message] | None,
     options: GenerateOptions,
 ) -> inference_pb2.GenerateRequest:
     """Exactly one of the first three is given. Raises InvalidRequestError."""
@@ -54,6 +59,7 @@ def build_request(
     if unknown:
         raise InvalidRequestError(f"unknown option {sorted(unknown)[0]!r}", field=sorted(unknown)[0])
     sampling = {name: envelope.pop(name) for name in SamplingOptions.__annotations__ if name in envelope}
+    media = envelope.pop("media", ())
     slo = {name: envelope.pop(name) for name in ("ttft_ms", "itl_ms") if name in envelope}
     if isinstance(sampling.get("stop"), str):
         sampling["stop"] = [sampling["stop"]]
@@ -61,6 +67,7 @@ def build_request(
         request = inference_pb2.GenerateRequest(sampling=common_pb2.SamplingParams(**sampling), **envelope)
         if slo:
             request.slo.CopyFrom(common_pb2.SloParams(**slo))
+        request.media.extend(map(_media_item, media))
         _set_prompt(request, prompt, token_ids, messages)
     except (TypeError, ValueError, OverflowError) as error:
         raise InvalidRequestError(f"the request does not fit the wire: {error}") from error
@@ -71,7 +78,7 @@ def _set_prompt(
     request: inference_pb2.GenerateRequest,
     prompt: str | None,
     token_ids: Sequence[int] | None,
-    messages: Sequence[Mapping[str, str]] | None,
+    messages: Sequence[Message] | None,
 ) -> None:
     if prompt is not None:
         request.text = prompt
@@ -84,4 +91,25 @@ def _set_prompt(
             if not {"role", "content"} <= message.keys():
                 raise InvalidRequestError("each message needs a role and a content", field="messages")
             wire = request.messages.messages.add(role=message["role"])
-            wire.content.add(text=message["content"])
+            content = message["content"]
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            wire.content.extend(map(_part, parts))
+
+
+def _part(part: Mapping[str, Any]) -> inference_pb2.ContentPart:
+    match part:
+        case {"type": "text", "text": str() as text}:
+            return inference_pb2.ContentPart(text=text)
+        case {"type": "image", "image": bytes() | str() as image}:
+            return inference_pb2.ContentPart(media=_media_item(image))
+        case {"type": "image_url", "image_url": {"url": str() as url}}:
+            return inference_pb2.ContentPart(media=_media_item(url))
+    raise InvalidRequestError(
+        'a content part must be {"type": "text", "text": ...}, {"type": "image", "image": bytes or data URL} or '
+        '{"type": "image_url", "image_url": {"url": ...}}',
+        field="messages",
+    )
+
+
+def _media_item(media: bytes | str) -> common_pb2.MediaItem:
+    return common_pb2.MediaItem(url=media) if isinstance(media, str) else common_pb2.MediaItem(data=media)

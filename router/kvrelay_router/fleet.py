@@ -11,6 +11,7 @@ from kvrelay_core.errors import InternalError
 from kvrelay_core.hashing import hash_units, root_hash
 from kvrelay_core.media.hash_keys import media_keys
 from kvrelay_core.request import Generation, PrefixHint
+from kvrelay_router.encoder_choice import EncoderChoice
 from kvrelay_router.itinerary_messages import Place, Route
 from kvrelay_router.kv_holders import KvHolders
 from kvrelay_router.placement import Candidate, Candidates, LoadAccount, Placement, RequestView, eligible
@@ -31,6 +32,7 @@ class Fleet:
     def __init__(self, registry: Registry, placement: Placement) -> None:
         self.registry = registry
         self.loads = LoadAccount()
+        self.encoders = EncoderChoice()
         self._holders = KvHolders()
         self._placement = placement
         registry.on_load = self._note_load

@@ -50,7 +50,9 @@ class InferenceServicer(InferenceServiceServicer):
         self._router_id = router_id
         self._fleet = fleet
         self._clock = clock
-        self._wait_terms = WaitTerms(absent_s=config.placement_wait_s, refused_s=config.refused_wait_s)
+        self._wait_terms = WaitTerms(
+            absent_s=config.placement_wait_s, refused_s=config.refused_wait_s, encode_s=config.encode_s
+        )
         no_media = why_no_media(config, checkpoint.processor)
         self._checker = RequestChecker(config.served_name, checkpoint.defaults, config.limits, no_media)
         self._prompts = PromptReader(checkpoint.tokenizer, checkpoint.processor, config.media_limits)

@@ -16,6 +16,8 @@ from kvrelay_core.rpc.status import error_from_detail
 from kvrelay_router import itinerary_messages as m
 from kvrelay_router.committer import Ending, Token
 from kvrelay_router.decode_session import DecodeSession
+from kvrelay_router.encode_link import EncodeLink
+from kvrelay_router.encode_messages import CancelEncode, Encode
 from kvrelay_router.fleet import Fleet
 from kvrelay_router.placement import RequestView
 from kvrelay_router.placement_wait import PlacementWait, WaitTerms
@@ -129,6 +131,7 @@ class LegLink:
     def __init__(self, run: RequestRun, fleet: Fleet, wait_terms: WaitTerms) -> None:
         self._run, self._fleet = run, fleet
         self.placement = PlacementWait(fleet, wait_terms, run.do_guarded)
+        self._encodes = EncodeLink(run, fleet, wait_terms)
         self._prefill: PrefillLink | None = None
         self._decode: DecodeLink | None = None
         self._charges: dict[str, tuple[str, int]] = {}  # role -> (worker, tokens)
@@ -164,6 +167,10 @@ class LegLink:
 
     def do(self, action: m.LegAction) -> None:
         match action:
+            case Encode():
+                self._encodes.encode(action)
+            case CancelEncode():
+                self._encodes.cancel()
             case m.OpenPrefill():
                 self._open_prefill(action)
             case m.OpenDecode():
@@ -182,6 +189,7 @@ class LegLink:
     def close(self) -> None:
         """Forgets the handles, with which the workers are through, and what they were charged."""
         self.placement.cancel()
+        self._encodes.cancel()
         self._discharge("prefill")
         self._discharge("decode")
         self._forget_handles()
@@ -206,9 +214,13 @@ class LegLink:
         self._forget_handles()  # of an earlier attempt
         session = self._fleet.registry.prefill[action.worker]
         link = PrefillLink(self._run, session, action, self._prefill_accepted, self._prefill_finished)
+        generation = wire.generation_to_wire(self._run.with_time_left(action.generation))
+        tickets = {ticket.content_hash: ticket for ticket in action.embeddings}
+        for reference in generation.media:
+            reference.ticket.CopyFrom(tickets[reference.content_hash])
         request = prefill_pb2.PrefillRequest(
             attempt=wire.attempt_to_wire(self._run.attempt_id(action.leg, action.attempt)),
-            generation=wire.generation_to_wire(self._run.with_time_left(action.generation)),
+            generation=generation,
             handoff=action.handoff,
             hint=self._hint(action.worker, action.generation),
             trace_parent=self._run.trace_parent,

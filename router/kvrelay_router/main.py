@@ -56,7 +56,9 @@ class RouterServer:
     def __init__(self, config: RouterConfig, checkpoint: Checkpoint) -> None:
         self._config = config
         router_id = f"router-{uuid.uuid4().hex[:12]}"
-        self.registry = Registry(router_id, config.prefill, config.decode, reattach_s=config.reattach_s, tls=config.tls)
+        self.registry = Registry(
+            router_id, config.prefill, config.decode, config.encoder, reattach_s=config.reattach_s, tls=config.tls
+        )
         self.fleet = Fleet(self.registry, make_placement(config.placement))
         self.inference = InferenceServicer(config, checkpoint, router_id, self.fleet, MonotonicClock())
         keys = read_api_keys(Path(config.api_key_file)) if config.api_key_file else ()

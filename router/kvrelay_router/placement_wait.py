@@ -25,6 +25,7 @@ MAX_BACKOFF_S = 0.5
 class WaitTerms:
     absent_s: float  # for a worker of a role of which none serves
     refused_s: float  # for a decode worker to have room again
+    encode_s: float = 30.0  # for one encoder's answer
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from msgspec import Struct
@@ -18,12 +19,13 @@ from kvrelay.v1 import worker_pb2
 from kvrelay_core.errors import MismatchError, UnavailableError
 from kvrelay_core.rpc.channel import TlsFiles
 from kvrelay_router.decode_session import DecodeSession
+from kvrelay_router.encoder_session import EncoderSession
 from kvrelay_router.prefill_session import PrefillSession
 from kvrelay_router.worker_session import SessionTerms, WorkerSession, WorkerState
 
 log = logging.getLogger(__name__)
 
-_ROLES = {"prefill": worker_pb2.ROLE_PREFILL, "decode": worker_pb2.ROLE_DECODE}
+_ROLES = {"prefill": worker_pb2.ROLE_PREFILL, "decode": worker_pb2.ROLE_DECODE, "encoder": worker_pb2.ROLE_ENCODER}
 
 
 class ServedModel(Struct, frozen=True):
@@ -40,6 +42,7 @@ class Registry:
         router_id: str,
         prefill: Sequence[str],
         decode: Sequence[str],
+        encoder: Sequence[str] = (),
         *,
         reattach_s: float,
         tls: TlsFiles | None = None,
@@ -49,6 +52,10 @@ class Registry:
         )
         self.prefill = {address: PrefillSession(address, terms) for address in prefill}
         self.decode = {address: DecodeSession(address, terms) for address in decode}
+        self.encoders = {
+            address: EncoderSession(address, tls, partial(_require_role, address, "encoder"), self._on_change)
+            for address in encoder
+        }
         self.on_load: Callable[[WorkerSession[Any]], None] = lambda session: None
         self._changed = asyncio.Event()
         self._watchers: dict[object, Callable[[], None]] = {}
@@ -56,22 +63,23 @@ class Registry:
 
     @property
     def sessions(self) -> tuple[PrefillSession | DecodeSession, ...]:
+        """With the workers that hold KV."""
         return (*self.prefill.values(), *self.decode.values())
 
     @property
     def is_ready(self) -> bool:
         """At least one worker of each role that is listed serves."""
-        prefill, decode = self.prefill.values(), self.decode.values()
-        return any(s.is_serving for s in decode) and (not prefill or any(s.is_serving for s in prefill))
+        listed = (self.prefill.values(), self.decode.values(), self.encoders.values())
+        return all(any(session.is_serving for session in role) for role in listed if role)
 
     @property
     def num_open(self) -> int:
         """Requests open at workers."""
-        return sum(session.num_open for session in self.sessions)
+        return sum(session.num_open for session in (*self.sessions, *self.encoders.values()))
 
     def start(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(session.run(), name=f"session {session.key}") for session in self.sessions]
+        loop, every = asyncio.get_running_loop(), (*self.sessions, *self.encoders.values())
+        self._tasks = [loop.create_task(session.run(), name=f"session {session.key}") for session in every]
 
     async def close(self) -> None:
         """Ends every session; requests that are still open are told that they are lost."""
@@ -125,15 +133,19 @@ class Registry:
                 on_change()
 
     def _admit(self, session: WorkerSession[Any], description: worker_pb2.DescribeResponse) -> None:
-        if description.role != _ROLES[session.role]:
-            raise MismatchError(
-                f"{session.key} is listed as a {session.role} worker but has the role "
-                f"{worker_pb2.Role.Name(description.role)}; correct the router's list"
-            )
+        _require_role(session.key, session.role, description)
         for other in self.sessions:
             if other is not session and other.is_up:
                 _require_same_model(session.key, description, other)
                 return
+
+
+def _require_role(key: str, role: str, description: worker_pb2.DescribeResponse) -> None:
+    if description.role != _ROLES[role]:
+        raise MismatchError(
+            f"{key} is listed as a {role} worker but has the role "
+            f"{worker_pb2.Role.Name(description.role)}; correct the router's list"
+        )
 
 
 def _require_same_model(key: str, description: worker_pb2.DescribeResponse, other: WorkerSession[Any]) -> None:

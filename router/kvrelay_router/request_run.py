@@ -6,7 +6,7 @@ Everything happens by plain calls within the event that caused it; a run owns no
 from __future__ import annotations
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -59,6 +59,11 @@ class RequestRun:
         self.response = response
         self._identity = identity
         self._request = request
+        self.items = {item.content_hash: item for item in request.items}
+        self.media_rows = Counter[bytes]()  # of each item's embedding
+        for reference in request.generation.media:
+            rows = reference.first_row + reference.num_tokens
+            self.media_rows[reference.content_hash] = max(self.media_rows[reference.content_hash], rows)
         self._fleet = fleet
         self._outputs = outputs
         self._clock = clock
@@ -176,8 +181,12 @@ class RequestRun:
 
     def with_time_left(self, generation: Generation) -> Generation:
         """With what is left now of the deadline and of the promise."""
-        left_s = None if self._deadline_at_s is None else max(0.0, self._deadline_at_s - self._clock.now())
-        return msgspec.structs.replace(generation, deadline_s=left_s, slo=self._slo_left())
+        return msgspec.structs.replace(generation, deadline_s=self.time_left_s, slo=self._slo_left())
+
+    @property
+    def time_left_s(self) -> float | None:
+        """Until the deadline; None: there is none."""
+        return None if self._deadline_at_s is None else max(0.0, self._deadline_at_s - self._clock.now())
 
     def _slo_left(self) -> Slo:
         """The first token, once it is there, is promised no more."""

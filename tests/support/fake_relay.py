@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fake_encoder import FakeEncoder
 from fake_worker import Call, DecodeCall, FakeDecode, FakePrefill, FakeWorker, token_of
 
 from kvrelay_client import AsyncClient, Delta, Finish, GenerateStream
@@ -22,13 +23,14 @@ class Relay:
     checkpoint: Path
     prefill: list[FakePrefill]
     decode: list[FakeDecode]
+    encoders: list[FakeEncoder]
     server: RouterServer
     client: AsyncClient
     address: str
 
     @property
-    def workers(self) -> list[FakePrefill | FakeDecode]:
-        return [*self.prefill, *self.decode]
+    def workers(self) -> list[FakePrefill | FakeDecode | FakeEncoder]:
+        return [*self.prefill, *self.decode, *self.encoders]
 
     async def settled(self) -> None:
         """Until nothing is open any more; the test's own time limit ends a wait in vain."""
@@ -38,7 +40,7 @@ class Relay:
     def assert_clean(self) -> None:
         assert self.server.registry.num_open == 0
         assert self.server.inference.num_calls == 0
-        assert self.server.fleet.loads.total == 0
+        assert self.server.fleet.loads.total == self.server.fleet.encoders.loads.total == 0
 
 
 class RelayMaker:
@@ -46,19 +48,21 @@ class RelayMaker:
         self._checkpoint = checkpoint
         self._made: list[Relay] = []
 
-    async def __call__(self, num_prefill: int = 1, num_decode: int = 1, **config: Any) -> Relay:
+    async def __call__(self, num_prefill: int = 1, num_decode: int = 1, num_encoders: int = 0, **config: Any) -> Relay:
         prefill = [FakePrefill(f"prefill-{index}") for index in range(num_prefill)]
         decode = [FakeDecode(f"decode-{index}") for index in range(num_decode)]
-        starting: list[FakePrefill | FakeDecode] = [*prefill, *decode]
+        encoders = [FakeEncoder(f"encoder-{index}") for index in range(num_encoders)]
+        starting: list[FakePrefill | FakeDecode | FakeEncoder] = [*prefill, *decode, *encoders]
         for worker in starting:
             await worker.start()
-        return await self.connect(prefill, decode, **config)
+        return await self.connect(prefill, decode, encoders=encoders, **config)
 
     async def connect(
         self,
         prefill: list[FakePrefill],
         decode: list[FakeDecode],
         through: Mapping[str, str] | None = None,
+        encoders: Sequence[FakeEncoder] = (),
         **config: Any,
     ) -> Relay:
         """Workers that are started already. `through`: address of a worker -> another one that leads there."""
@@ -66,6 +70,7 @@ class RelayMaker:
         defaults: dict[str, Any] = {
             "prefill": [ways.get(worker.address, worker.address) for worker in prefill],
             "decode": [ways.get(worker.address, worker.address) for worker in decode],
+            "encoder": [encoder.address for encoder in encoders],
             "reattach_s": 0.5,
             "placement_wait_s": 1.0,
             "refused_wait_s": 0.3,
@@ -74,10 +79,12 @@ class RelayMaker:
         settings.validate()
         server = RouterServer(settings, load_checkpoint(settings.model))
         address = await server.start()
-        relay = Relay(self._checkpoint, prefill, decode, server, AsyncClient(address, tls=settings.tls), address)
+        client = AsyncClient(address, tls=settings.tls)
+        relay = Relay(self._checkpoint, prefill, decode, list(encoders), server, client, address)
         self._made.append(relay)
         async with asyncio.timeout(10):
-            await server.registry.wait_until(lambda: all(s.is_serving for s in server.registry.sessions))
+            every = (*server.registry.sessions, *server.registry.encoders.values())
+            await server.registry.wait_until(lambda: all(session.is_serving for session in every))
         return relay
 
     async def close(self) -> None:

@@ -53,6 +53,7 @@ class PrefillCall:
         self._wire = wire_
         self.handle = opened.handle
         self.handoff = opened.request.handoff
+        self.media = opened.request.generation.media  # with tickets
         self.attempt: AttemptId = wire.attempt_from_wire(opened.request.attempt)
         self.generation: Generation = wire.generation_from_wire(opened.request.generation)
         self.cancelled = asyncio.Event()

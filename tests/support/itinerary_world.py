@@ -191,7 +191,7 @@ class World:
 
     def encode_moves(self, key: Key) -> list[Callable[[], None]]:
         items = self.encoding[key]
-        found = [lambda item=item: self.encoded(key, {item}, "e0") for item in items]  # type: ignore[misc]
+        found: list[Callable[[], None]] = [lambda item=item: self.encoded(key, {item}, "e0") for item in items]  # type: ignore[misc]
         found += [lambda encoder=encoder: self.encoded(key, set(items), encoder) for encoder in ENCODERS]  # type: ignore[misc]
         for error in ENCODE_ERRORS:
             found += [

@@ -1,0 +1,270 @@
+"""A router over fake workers and fake encoders: images are encoded before prefill, elsewhere when that fails."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_relay import Relay, RelayMaker, rest_of, tokens
+from fake_worker import PrefillCall, decode_well, prefill_well
+from media_checkpoints import encode_image, qwen_id, write_qwen
+
+from kvrelay.v1 import worker_pb2
+from kvrelay_client import GenerateStream
+from kvrelay_core.errors import (
+    DrainingError,
+    EmbeddingLostError,
+    InvalidRequestError,
+    MismatchError,
+    OverloadedError,
+    UnavailableError,
+    UnsupportedError,
+)
+from kvrelay_core.media.media_hash import media_hash
+
+PAD = qwen_id("<|image_pad|>")
+CAT, DOG, OX = (encode_image(56, 56, color=color) for color in ("red", "blue", "green"))
+ROWS = 4  # of each of them
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("media")
+    write_qwen(folder, min_pixels=56 * 56, max_pixels=56 * 56)
+    return folder
+
+
+def look(relay: Relay, *images: bytes, **options: Any) -> GenerateStream:
+    ids = [1, 2, *(token for _ in images for token in (PAD, 3))]
+    return relay.client.generate(token_ids=ids, media=images, max_tokens=3, **options)
+
+
+def behave(relay: Relay, num_tokens: int | None = ROWS) -> None:
+    for prefill in relay.prefill:
+        prefill.behaviour = prefill_well
+    for decode in relay.decode:
+        decode.behaviour = decode_well
+    for encoder in relay.encoders:
+        encoder.num_tokens = num_tokens
+
+
+async def done(stream: GenerateStream) -> None:
+    ids, _ = await rest_of(stream)
+    assert ids == tokens(3)
+
+
+def sources(call: PrefillCall) -> list[str]:
+    return [reference.ticket.source.worker_id for reference in call.media]
+
+
+def seen(relay: Relay) -> list[list[bytes]]:
+    """What each encoder was asked for, in order."""
+    return [[item for call in encoder.calls for item in call.hashes] for encoder in relay.encoders]
+
+
+async def test_prefill_gets_a_ticket_for_each_image_and_decode_gets_none(make_relay: RelayMaker) -> None:
+    relay = await make_relay(num_encoders=1)
+    behave(relay)
+    await done(look(relay, CAT, DOG, CAT))
+    (call,) = relay.prefill[0].calls.values()
+    hashes = [media_hash(image) for image in (CAT, DOG, CAT)]
+    assert [reference.content_hash for reference in call.media] == hashes
+    assert [reference.ticket.content_hash for reference in call.media] == hashes
+    assert [(item.offset, item.num_tokens, item.grid) for item in call.generation.media] == [
+        (2, 4, (1, 4, 4)), (7, 4, (1, 4, 4)), (12, 4, (1, 4, 4)),
+    ]  # fmt: skip
+    assert call.generation.prompt == (1, 2, *[PAD] * 4, 3, *[PAD] * 4, 3, *[PAD] * 4, 3)
+    (at_decode,) = relay.decode[0].calls.values()
+    assert at_decode.generation.media == call.generation.media
+    (encode,) = relay.encoders[0].calls
+    assert [item.data for item in encode.request.media] == [CAT, DOG], "each image once"
+    assert encode.request.attempt.request_id == call.attempt.request_id
+
+
+async def test_prefill_is_not_opened_before_the_images_are_encoded(make_relay: RelayMaker) -> None:
+    relay = await make_relay(num_encoders=1)
+    behave(relay, num_tokens=None)
+    stream = look(relay, CAT)
+    encode = await relay.encoders[0].next_call()
+    assert not relay.prefill[0].calls
+    encode.succeed(ROWS)
+    await done(stream)
+
+
+async def test_text_asks_no_encoder(make_relay: RelayMaker) -> None:
+    relay = await make_relay(num_encoders=1)
+    behave(relay)
+    await done(look(relay))
+    assert seen(relay) == [[]]
+
+
+async def test_who_has_an_image_is_asked_for_it_though_another_one_has_less_to_do(make_relay: RelayMaker) -> None:
+    relay = await make_relay(num_encoders=2)
+    behave(relay)
+    await done(look(relay, CAT))
+    holder, other = sorted(relay.encoders, key=lambda encoder: len(encoder.calls), reverse=True)
+    await holder.next_call()
+    holder.num_tokens = None
+    waiting = look(relay, OX)
+    ox = await holder.next_call()  # of equals, the first by key
+    await done(look(relay, DOG))
+    assert [call.hashes for call in other.calls] == [[media_hash(DOG)]]
+    again = look(relay, CAT)
+    (await holder.next_call()).succeed(ROWS)
+    await done(again)
+    ox.succeed(ROWS)
+    await done(waiting)
+
+
+async def test_many_images_are_spread_by_load(make_relay: RelayMaker) -> None:
+    relay = await make_relay(num_encoders=2)
+    behave(relay)
+    await done(look(relay, CAT, DOG))
+    assert sorted(map(len, seen(relay))) == [1, 1]
+    (call,) = relay.prefill[0].calls.values()
+    assert sorted(sources(call)) == ["encoder-0", "encoder-1"]
+
+
+@pytest.mark.parametrize("error", [OverloadedError("full"), DrainingError("draining"), UnavailableError("not now")])
+async def test_what_one_encoder_refuses_another_one_gets(make_relay: RelayMaker, error: Exception) -> None:
+    relay = await make_relay(num_encoders=2)
+    behave(relay, num_tokens=None)
+    stream = look(relay, CAT)
+    calls = [asyncio.ensure_future(encoder.next_call()) for encoder in relay.encoders]
+    finished, waiting = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+    finished.pop().result().fail(error)  # type: ignore[arg-type]
+    (await waiting.pop()).succeed(ROWS)
+    await done(stream)
+    assert [len(items) for items in seen(relay)] == [1, 1]
+
+
+async def test_an_encoder_that_dies_with_the_image_is_replaced_by_another(make_relay: RelayMaker) -> None:
+    relay = await make_relay(num_encoders=2)
+    behave(relay, num_tokens=None)
+    stream = look(relay, CAT)
+    calls = {asyncio.ensure_future(encoder.next_call()): encoder for encoder in relay.encoders}
+    finished, waiting = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+    await calls[finished.pop()].stop()
+    (await waiting.pop()).succeed(ROWS)
+    await done(stream)
+
+
+async def test_the_only_encoder_is_waited_for_when_it_dies_and_comes_back(make_relay: RelayMaker) -> None:
+    relay = await make_relay(num_encoders=1, placement_wait_s=10.0)
+    behave(relay, num_tokens=None)
+    stream = look(relay, CAT)
+    await relay.encoders[0].next_call()
+    await relay.encoders[0].stop()
+    await relay.encoders[0].start()
+    (await relay.encoders[0].next_call(timeout_s=10.0)).succeed(ROWS)
+    await done(stream)
+
+
+async def test_without_an_encoder_in_time_the_request_says_so(make_relay: RelayMaker) -> None:
+    relay = await make_relay(num_encoders=1, placement_wait_s=0.2)
+    behave(relay)
+    await relay.encoders[0].stop()
+    (session,) = relay.server.registry.encoders.values()
+    async with asyncio.timeout(5):
+        await relay.server.registry.wait_until(lambda: not session.is_serving)
+    with pytest.raises(UnavailableError, match="no encoder serves"):
+        await done(look(relay, CAT))
+    await done(look(relay))
+
+
+async def test_a_broken_image_is_the_clients_fault_and_asked_of_nobody_else(make_relay: RelayMaker) -> None:
+    relay = await make_relay(num_encoders=2)
+    behave(relay, num_tokens=None)
+    stream = look(relay, CAT)
+    calls = [asyncio.ensure_future(encoder.next_call()) for encoder in relay.encoders]
+    finished, waiting = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+    finished.pop().result().fail(InvalidRequestError("the image is cut off"))
+    with pytest.raises(InvalidRequestError, match="cut off"):
+        await done(stream)
+    (other,) = waiting
+    other.cancel()
+    assert sorted(map(len, seen(relay))) == [0, 1] and not relay.prefill[0].calls
+
+
+async def test_an_encoder_that_counts_otherwise_is_a_mismatch(make_relay: RelayMaker) -> None:
+    relay = await make_relay(num_encoders=1)
+    behave(relay, num_tokens=ROWS + 1)
+    with pytest.raises(MismatchError, match="5 tokens of an image that has 4"):
+        await done(look(relay, CAT))
+
+
+async def test_an_encoder_that_does_not_answer_is_given_up(make_relay: RelayMaker) -> None:
+    relay = await make_relay(num_encoders=2, encode_s=0.2)
+    behave(relay)
+    slow = min(relay.encoders, key=lambda encoder: encoder.address)  # of equals, the first by key
+    slow.num_tokens = None
+    await done(look(relay, CAT))
+    assert len(slow.calls) == 1
+    async with asyncio.timeout(5):
+        await slow.calls[0].cancelled.wait()
+
+
+async def test_a_lost_embedding_is_encoded_elsewhere_and_prefill_opened_again(make_relay: RelayMaker) -> None:
+    relay = await make_relay(num_encoders=2, max_replacements=0)
+    behave(relay)
+    relay.prefill[0].behaviour = None
+    stream = look(relay, CAT)
+    first = await relay.prefill[0].next_call()
+    first.fail(EmbeddingLostError("its encoder restarted", media=media_hash(CAT).hex()))
+    second = await relay.prefill[0].next_call()
+    await prefill_well(second)
+    await done(stream)
+    assert sorted(sources(first) + sources(second)) == ["encoder-0", "encoder-1"]
+    assert second.attempt.attempt == first.attempt.attempt + 1
+
+
+async def test_a_cancel_reaches_the_encoder(make_relay: RelayMaker) -> None:
+    relay = await make_relay(num_encoders=1)
+    behave(relay, num_tokens=None)
+    stream = look(relay, CAT)
+    encode = await relay.encoders[0].next_call()
+    stream.cancel()
+    async with asyncio.timeout(5):
+        await encode.cancelled.wait()
+    await relay.settled()
+    assert not relay.prefill[0].calls
+
+
+async def test_a_deadline_reaches_the_encoder(make_relay: RelayMaker) -> None:
+    relay = await make_relay(num_encoders=1)
+    behave(relay, num_tokens=None)
+    stream = look(relay, CAT, timeout_s=0.5)
+    encode = await relay.encoders[0].next_call()
+    assert 0 < encode.request.deadline_s <= 0.5
+    async with asyncio.timeout(5):
+        await encode.cancelled.wait()
+    with pytest.raises(Exception, match=r"(?i)deadline"):
+        await done(stream)
+
+
+async def test_without_an_encoder_in_the_list_images_are_refused_and_text_is_served(make_relay: RelayMaker) -> None:
+    relay = await make_relay(num_encoders=0)
+    behave(relay)
+    with pytest.raises(UnsupportedError, match="--encoder HOST:PORT") as caught:
+        await done(look(relay, CAT))
+    assert caught.value.status == "FAILED_PRECONDITION"
+    await done(look(relay))
+
+
+async def test_without_a_prefill_worker_images_are_refused(make_relay: RelayMaker) -> None:
+    relay = await make_relay(num_prefill=0, num_encoders=1)
+    behave(relay)
+    with pytest.raises(UnsupportedError, match="prefill worker"):
+        await done(look(relay, CAT))
+
+
+async def test_a_worker_of_another_role_is_kept_out(make_relay: RelayMaker) -> None:
+    relay = await make_relay(num_encoders=1)
+    (session,) = relay.server.registry.encoders.values()
+    await relay.encoders[0].stop()
+    relay.encoders[0].role = worker_pb2.ROLE_DECODE
+    await relay.encoders[0].start()
+    async with asyncio.timeout(5):
+        await relay.server.registry.wait_until(lambda: session.state.value == "refused")
