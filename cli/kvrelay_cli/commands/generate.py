@@ -27,6 +27,7 @@ With --json, one object: {"token_ids", "text", "finish_reason", "usage", "timing
 
 examples:
   kvrelay generate --target 127.0.0.1:50051 --prompt "Once upon a time" --max-tokens 64
+  kvrelay generate --target 127.0.0.1:50051 --image cat.png --prompt "What is this?" --max-tokens 64
   kvrelay generate --target 127.0.0.1:50051 --token-ids 1,2,3 --max-tokens 8 --temperature 0 --json
   kvrelay generate --target 127.0.0.1:50051 --prompt "Roses are" --temperature 0.8 --top-p 0.9 --seed 7 --n 2
 """
@@ -56,6 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt as text")
     prompt.add_argument("--token-ids", type=flag_types.integers, metavar="I,J,...", help="the prompt as token ids")
+    parser.add_argument(
+        "--image",
+        action="append",
+        type=Path,
+        metavar="FILE",
+        help="an image, before the text of --prompt, which then is a chat message; with --token-ids, one for each "
+        "placeholder; may be repeated",
+    )
     parser.add_argument("--model", default="", metavar="NAME", help="served model; default: the only one")
     parser.add_argument("--json", action="store_true", help="one JSON object at the end instead of the stream")
     parser.add_argument("--api-key-file", metavar="FILE", help="its first line is sent as bearer token")
@@ -96,7 +105,24 @@ def request_of(args: argparse.Namespace) -> dict[str, Any]:
     given["timeout_s"] = args.timeout
     given["model"] = args.model
     given["logit_bias"] = dict(args.logit_bias) if args.logit_bias else None
+    if args.image:
+        images = [read_image(path) for path in args.image]
+        text = given.pop("prompt")
+        given["media" if text is None else "messages"] = images if text is None else [_message(images, text)]
     return {name: value for name, value in given.items() if value is not None}
+
+
+def read_image(path: Path) -> bytes:
+    """As it is in the file: router and encoder look into it."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read --image {path}: {error.strerror}") from error
+
+
+def _message(images: list[bytes], text: str) -> dict[str, Any]:
+    parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
 
 
 def read_api_key(path: str | None) -> str | None:

@@ -64,6 +64,7 @@ def _add_worker_addresses(parser: argparse.ArgumentParser) -> None:
     for role, text in (
         ("prefill", "the prefill workers; without any, decode workers compute prompts too"),
         ("decode", "the decode workers"),
+        ("encoder", "the encoders; without any, requests with images are refused"),
     ):
         parser.add_argument(f"--{role}", type=flag_types.addresses, default=(), metavar="HOST:PORT,...", help=text)
 
@@ -113,6 +114,7 @@ def router_config(args: argparse.Namespace) -> RouterConfig:
         model=args.model,
         prefill=list(args.prefill),
         decode=list(args.decode),
+        encoder=list(args.encoder),
         api_key_file=args.api_key_file,
         drain_s=args.drain_timeout,
         **_exposure(args),

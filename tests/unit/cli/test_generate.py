@@ -38,6 +38,20 @@ def test_only_what_was_given_is_sent() -> None:
     }  # fmt: skip
 
 
+def test_images_go_before_the_text_of_a_message_or_beside_token_ids(tmp_path: Path) -> None:
+    cat, dog = tmp_path / "cat.png", tmp_path / "dog.png"
+    cat.write_bytes(b"cat")
+    dog.write_bytes(b"dog")
+    sent = request_of("--prompt", "which?", "--image", str(cat), "--image", str(dog))
+    images = [{"type": "image", "image": b"cat"}, {"type": "image", "image": b"dog"}]
+    message = {"role": "user", "content": [*images, {"type": "text", "text": "which?"}]}
+    assert sent == {"messages": [message], "model": ""}
+    sent = request_of("--token-ids", "1,2", "--image", str(cat))
+    assert sent == {"token_ids": (1, 2), "media": [b"cat"], "model": ""}
+    with pytest.raises(ConfigError, match="cannot read --image"):
+        request_of("--prompt", "x", "--image", str(tmp_path / "none.png"))
+
+
 def test_every_sampling_option_of_the_client_has_a_flag() -> None:
     parser = argparse.ArgumentParser()
     generate.add_arguments(parser)

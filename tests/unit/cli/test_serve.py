@@ -49,8 +49,21 @@ def test_a_gpu_is_chosen_by_number() -> None:
 
 def test_the_router_knows_its_workers() -> None:
     config: Any = serve.router_config(
-        parse("router", "--model", "m", "--prefill", "h:1", "--decode", "h:2,h:3", "--served-model-name", "name")
+        parse(
+            "router",
+            "--model",
+            "m",
+            "--prefill",
+            "h:1",
+            "--decode",
+            "h:2,h:3",
+            "--encoder",
+            "h:4,h:5",
+            "--served-model-name",
+            "name",
+        )
     )
     assert (config.prefill, config.decode, config.served_name) == (["h:1"], ["h:2", "h:3"], "name")
+    assert config.encoder == ["h:4", "h:5"]
     assert config.placement == "least_load"
     config.validate()

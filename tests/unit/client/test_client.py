@@ -42,6 +42,28 @@ async def test_events_of_a_stream(relay: Relay) -> None:
     assert isinstance(events[-1], Finish) and events[-1].reason is FinishReason.LENGTH
 
 
+def test_content_parts_and_media() -> None:
+    parts = [
+        {"type": "text", "text": "a"},
+        {"type": "image", "image": b"cat"},
+        {"type": "image", "image": "data:;base64,AA=="},
+        {"type": "image_url", "image_url": {"url": "data:;base64,AA==", "detail": "low"}},
+    ]
+    request = build_request(None, None, [{"role": "user", "content": parts}, {"role": "user", "content": "b"}], {})
+    first, second = request.messages.messages
+    assert [part.WhichOneof("part") for part in first.content] == ["text", "media", "media", "media"]
+    assert (first.content[1].media.data, first.content[3].media.url) == (b"cat", "data:;base64,AA==")
+    assert [part.text for part in second.content] == ["b"]
+    request = build_request(None, [1], None, {"media": [b"cat", "data:;base64,AA=="]})
+    assert [item.WhichOneof("source") for item in request.media] == ["data", "url"]
+
+
+@pytest.mark.parametrize("part", [{"type": "audio"}, {"type": "text"}, {"type": "image", "image": 5}, {}])
+def test_unknown_content_parts_are_refused(part: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError, match="a content part must be"):
+        build_request(None, None, [{"role": "user", "content": [part]}], {})
+
+
 async def test_leaving_a_stream_cancels_it(relay: Relay) -> None:
     relay.decode[0].behaviour = None
     async with relay.client.generate("hi", max_tokens=4) as stream:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,46 @@ async def test_prefill_is_not_opened_before_the_images_are_encoded(make_relay: R
     assert not relay.prefill[0].calls
     encode.succeed(ROWS)
     await done(stream)
+
+
+async def test_messages_with_images_and_data_urls(make_relay: RelayMaker) -> None:
+    relay = await make_relay(num_encoders=1)
+    behave(relay)
+    url = "data:image/png;base64," + base64.b64encode(DOG).decode()
+    parts = [
+        {"type": "image", "image": CAT},
+        {"type": "text", "text": "or"},
+        {"type": "image_url", "image_url": {"url": url}},
+    ]
+    await done(relay.client.generate(messages=[{"role": "user", "content": parts}], max_tokens=3))
+    (call,) = relay.prefill[0].calls.values()
+    assert [item.content_hash for item in call.media] == [media_hash(CAT), media_hash(DOG)]
+    assert call.generation.prompt.count(PAD) == 2 * ROWS
+    assert seen(relay) == [[media_hash(CAT), media_hash(DOG)]]
+
+
+@pytest.mark.parametrize(
+    ("media", "error", "message"),
+    [
+        (b"no image", InvalidRequestError, "not an image"),
+        (CAT[:20], InvalidRequestError, "broken"),
+        ("https://example.org/cat.png", UnsupportedError, "fetching of URLs is off"),
+    ],
+)
+async def test_bad_media_are_refused_before_anybody_is_asked(
+    make_relay: RelayMaker, media: bytes | str, error: type[Exception], message: str
+) -> None:
+    relay = await make_relay(num_encoders=1)
+    behave(relay)
+    with pytest.raises(error, match=message):
+        await done(relay.client.generate(token_ids=[1, PAD], media=[media], max_tokens=3))
+    assert seen(relay) == [[]] and not relay.prefill[0].calls
+
+
+async def test_two_hundred_images_are_refused(make_relay: RelayMaker) -> None:
+    relay = await make_relay(num_encoders=1)
+    with pytest.raises(InvalidRequestError, match="200 items; allowed: 32"):
+        await done(look(relay, *[CAT] * 200))
 
 
 async def test_text_asks_no_encoder(make_relay: RelayMaker) -> None:
