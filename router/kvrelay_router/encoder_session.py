@@ -95,6 +95,12 @@ class EncoderSession:
             answer: Answer = await call
         except grpc.aio.AioRpcError as error:
             answer = self._error_of(error, timeout_s)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # The channel was closed under it, which gRPC tells in the same way.
+            answer = WorkerLostError(f"encoder {self.key} is lost", peer=self.key)
         finally:
             call.cancel()
         done(answer)
@@ -140,6 +146,11 @@ class EncoderSession:
             raise WorkerLostError(f"encoder {self.key} ended its reports", peer=self.key)
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error, f"encoder {self.key}") from error
+        except (KvRelayError, asyncio.CancelledError):
+            raise
+        except Exception as error:
+            log.exception("the connection to encoder %s broke", self.key)
+            raise WorkerLostError(f"the connection to encoder {self.key} broke; see the log", peer=self.key) from error
         finally:
             self._channel = None
             await channel.close()  # its calls end with an error each

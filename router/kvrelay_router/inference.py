@@ -25,6 +25,7 @@ from kvrelay_router.choice_output import ChoiceOutput
 from kvrelay_router.config import RouterConfig
 from kvrelay_router.detokenizer import Detokenizer
 from kvrelay_router.fleet import Fleet
+from kvrelay_router.media_input import MediaBudget
 from kvrelay_router.placement_wait import WaitTerms
 from kvrelay_router.prompt import PromptReader
 from kvrelay_router.request_run import RequestRun, RunIdentity
@@ -56,6 +57,7 @@ class InferenceServicer(InferenceServiceServicer):
         no_media = why_no_media(config, checkpoint.processor)
         self._checker = RequestChecker(config.served_name, checkpoint.defaults, config.limits, no_media)
         self._prompts = PromptReader(checkpoint.tokenizer, checkpoint.processor, config.media_limits)
+        self._media = MediaBudget(config.media_limits.max_bytes_in_progress)
         self._runs: set[RequestRun] = set()
         self._num_calls = 0
         self._idle = asyncio.Event()
@@ -76,7 +78,7 @@ class InferenceServicer(InferenceServiceServicer):
         try:
             time_left_s = context.time_remaining()
             deadline_at_s = None if time_left_s is None else self._clock.now() + time_left_s
-            with _span(context) as trace_parent:
+            with _span(context) as trace_parent, self._media.hold(request):
                 run = await self._prepare(request, deadline_at_s, trace_parent)
                 with self._running(run, deadline_at_s):
                     await self._write_all(run, context)

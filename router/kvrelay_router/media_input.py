@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from kvrelay.v1 import inference_pb2 as pb
 from kvrelay.v1.common_pb2 import MediaItem
-from kvrelay_core.errors import InvalidRequestError, UnsupportedError
+from kvrelay_core.errors import InvalidRequestError, OverloadedError, UnsupportedError
 from kvrelay_core.media.data_url import read_data_url
 from kvrelay_core.media.image_header import ImageHeader, read_image_header
 from kvrelay_core.media.limits import MediaLimits
@@ -41,6 +42,29 @@ async def read_media(items: Sequence[MediaItem], limits: MediaLimits) -> tuple[M
     if len(items) > limits.max_items:
         raise InvalidRequestError(f"media: {len(items)} items; allowed: {limits.max_items} a request", field="media")
     return await asyncio.to_thread(lambda: tuple(_read(item, limits) for item in items))
+
+
+class MediaBudget:
+    """The bytes of the media of all requests in progress: they are kept to be encoded again."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+
+    @contextlib.contextmanager
+    def hold(self, request: pb.GenerateRequest) -> Iterator[None]:
+        """For as long as the request runs. Raises OverloadedError when there are too many."""
+        num_bytes = sum(item.ByteSize() for item in media_items(request))
+        if num_bytes and self._num_bytes + num_bytes > self._max_bytes:
+            raise OverloadedError(
+                f"requests with {self._num_bytes} bytes of media are in progress, {self._max_bytes} are allowed; try "
+                "again later"
+            )
+        self._num_bytes += num_bytes
+        try:
+            yield
+        finally:
+            self._num_bytes -= num_bytes
 
 
 def _read(item: MediaItem, limits: MediaLimits) -> MediaInput:

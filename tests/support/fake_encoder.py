@@ -51,6 +51,7 @@ class FakeEncoder:
         self.num_tokens = num_tokens  # of every item; None: the test answers
         self.role: worker_pb2.Role.ValueType = worker_pb2.ROLE_ENCODER
         self.is_draining = False
+        self.reports_end = asyncio.Event()  # set: it ends the reports of its load, and nothing else
         self.calls: list[EncodeCall] = []
         self._new_calls: asyncio.Queue[EncodeCall] = asyncio.Queue()
         self._port = 0
@@ -111,7 +112,8 @@ class _Describing(WorkerServiceServicer):
 
     async def WatchLoad(self, request: worker_pb2.WatchLoadRequest, context: Any) -> AsyncIterator[Any]:
         yield worker_pb2.WatchLoadResponse(draining=self._encoder.is_draining)
-        await asyncio.Event().wait()
+        await self._encoder.reports_end.wait()
+        self._encoder.reports_end.clear()
 
     async def Drain(self, request: worker_pb2.DrainRequest, context: Any) -> worker_pb2.DrainResponse:
         raise UnsupportedError("a fake encoder does not drain")

@@ -23,6 +23,7 @@ from kvrelay_core.errors import (
     UnavailableError,
     UnsupportedError,
 )
+from kvrelay_core.media.limits import MediaLimits
 from kvrelay_core.media.media_hash import media_hash
 
 PAD = qwen_id("<|image_pad|>")
@@ -128,6 +129,20 @@ async def test_bad_media_are_refused_before_anybody_is_asked(
     assert seen(relay) == [[]] and not relay.prefill[0].calls
 
 
+async def test_the_bytes_of_all_requests_images_are_bounded(make_relay: RelayMaker) -> None:
+    relay = await make_relay(num_encoders=1, media_limits=MediaLimits(max_bytes_in_progress=2 * len(CAT) + 100))
+    behave(relay, num_tokens=None)
+    first = look(relay, CAT)
+    encode = await relay.encoders[0].next_call()
+    with pytest.raises(OverloadedError, match="bytes of media"):
+        await done(look(relay, DOG, OX))
+    await done(look(relay))
+    encode.succeed(ROWS)
+    await done(first)
+    relay.encoders[0].num_tokens = ROWS
+    await done(look(relay, DOG))  # the bytes were given back
+
+
 async def test_two_hundred_images_are_refused(make_relay: RelayMaker) -> None:
     relay = await make_relay(num_encoders=1)
     with pytest.raises(InvalidRequestError, match="200 items; allowed: 32"):
@@ -188,6 +203,17 @@ async def test_an_encoder_that_dies_with_the_image_is_replaced_by_another(make_r
     calls = {asyncio.ensure_future(encoder.next_call()): encoder for encoder in relay.encoders}
     finished, waiting = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
     await calls[finished.pop()].stop()
+    (await waiting.pop()).succeed(ROWS)
+    await done(stream)
+
+
+async def test_a_call_ends_with_the_connection_that_its_encoder_is_watched_over(make_relay: RelayMaker) -> None:
+    relay = await make_relay(num_encoders=2)
+    behave(relay, num_tokens=None)
+    stream = look(relay, CAT)
+    calls = {asyncio.ensure_future(encoder.next_call()): encoder for encoder in relay.encoders}
+    finished, waiting = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+    calls[finished.pop()].reports_end.set()
     (await waiting.pop()).succeed(ROWS)
     await done(stream)
 
