@@ -72,8 +72,8 @@ def load_model(
     fields = ConfigFields.read(directory / "config.json")
     architecture = find_architecture(fields)
     config = _limit_length(architecture.read_config(fields), max_model_len)
-    dtype = _choose_dtype(dtype, config)
-    torch_device = _find_device(device)
+    dtype = choose_dtype(dtype, config.dtype)
+    torch_device = find_device(device)
     with (
         torch.inference_mode(),
         WeightReader(directory, DTYPES[dtype], torch_device, foreign_prefixes=architecture.vision_prefixes) as reader,
@@ -97,15 +97,17 @@ def _limit_length(config: ModelConfig, max_model_len: int | None) -> ModelConfig
     return replace(config, max_model_len=max_model_len)
 
 
-def _choose_dtype(dtype: str, config: ModelConfig) -> str:
+def choose_dtype(dtype: str, checkpoint_dtype: str) -> str:
+    """`auto` is the checkpoint's own. Raises ConfigError where it is not supported."""
     if dtype == "auto":
-        return config.dtype
+        return checkpoint_dtype
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not supported; supported are auto, {', '.join(DTYPES)}")
     return dtype
 
 
-def _find_device(device: str) -> torch.device:
+def find_device(device: str) -> torch.device:
+    """Raises ConfigError where the device is not known, not supported or not there."""
     try:
         found = torch.device(device)
     except RuntimeError as error:

@@ -62,6 +62,20 @@ class WeightReader:
     ) -> None:
         self._stack.close()
 
+    def keep_only(self, prefixes: tuple[str, ...]) -> None:
+        """Tensors without one of the prefixes are another's to read: they are as if not there."""
+        self._handle_of = {name: handle for name, handle in self._handle_of.items() if name.startswith(prefixes)}
+
+    @property
+    def names(self) -> list[str]:
+        """Of all tensors that are there, sorted."""
+        return sorted(self._handle_of)
+
+    def stored(self, name: str) -> Tensor:
+        """The tensor as the file holds it: in its own dtype, on the CPU, not counted as read."""
+        tensor: Tensor = self._handle_of[name].get_tensor(name)
+        return tensor
+
     @property
     def size_bytes(self) -> int:
         """Of all tensors of the checkpoint, but foreign ones, in the wanted dtype."""

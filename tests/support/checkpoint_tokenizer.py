@@ -8,7 +8,7 @@ It knows nothing of models.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -46,19 +46,32 @@ def special_token_id(token: str, vocab_size: int) -> int:
     return vocab_size - len(SPECIAL_TOKENS) + SPECIAL_TOKENS.index(token)
 
 
-def write_tokenizer(directory: Path, vocab_size: int, *, adds_begin_of_text: bool) -> None:
-    """Writes tokenizer.json and tokenizer_config.json with `vocab_size` tokens, 260 or more."""
+def media_token_id(token: str, media_tokens: Sequence[str], vocab_size: int) -> int:
+    """Of one of the placeholder tokens that `write_tokenizer` was given: they lie before the special tokens."""
+    return vocab_size - len(SPECIAL_TOKENS) - len(media_tokens) + media_tokens.index(token)
+
+
+def write_tokenizer(
+    directory: Path,
+    vocab_size: int,
+    *,
+    adds_begin_of_text: bool,
+    media_tokens: Sequence[str] = (),
+    chat_template: str = CHAT_TEMPLATE,
+) -> None:
+    """Writes tokenizer.json and tokenizer_config.json with `vocab_size` tokens, 260 and the media tokens or more."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-    num_merges = vocab_size - 256 - len(SPECIAL_TOKENS)
-    assert num_merges >= 0, "the bytes and the special tokens need 260 ids"
+    special_tokens = (*media_tokens, *SPECIAL_TOKENS)
+    num_merges = vocab_size - 256 - len(special_tokens)
+    assert num_merges >= 0, f"the bytes and the special tokens need {256 + len(special_tokens)} ids"
     merges = list(islice(_merges(), num_merges))
-    assert len(merges) == num_merges, f"at most {256 + len(merges) + len(SPECIAL_TOKENS)} tokens can be made"
+    assert len(merges) == num_merges, f"at most {256 + len(merges) + len(special_tokens)} tokens can be made"
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(left + right for left, right in merges)]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special_tokens])
     if adds_begin_of_text:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{BEGIN_OF_TEXT} $A", special_tokens=[(BEGIN_OF_TEXT, special_token_id(BEGIN_OF_TEXT, vocab_size))]
@@ -68,7 +81,7 @@ def write_tokenizer(directory: Path, vocab_size: int, *, adds_begin_of_text: boo
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BEGIN_OF_TEXT,
         "eos_token": END_OF_TEXT,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": chat_template,
         "clean_up_tokenization_spaces": False,
         "model_max_length": 1_000_000,
     }

@@ -50,7 +50,7 @@ def read_dense_config(
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
         rope=rope,
         tie_embeddings=fields.flag("tie_word_embeddings", False),
-        dtype=_read_dtype(fields),
+        dtype=read_dtype(fields),
         qkv_bias=qkv_bias,
         output_bias=output_bias,
         mlp_bias=mlp_bias,
@@ -74,7 +74,7 @@ def _refuse_unsupported(fields: ConfigFields) -> None:
         raise ConfigError(f"{fields.name}: quantization_config is not supported; take an unquantized checkpoint")
 
 
-def _read_dtype(fields: ConfigFields) -> str:
+def read_dtype(fields: ConfigFields) -> str:
     """`dtype`, or `torch_dtype` as transformers 4 wrote it; float32 where neither is there."""
     dtype = fields.text("dtype", fields.text("torch_dtype", "float32"))
     if dtype not in DTYPES:

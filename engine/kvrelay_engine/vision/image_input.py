@@ -1,0 +1,37 @@
+"""What lies between a picture's bytes and its embeddings, and who makes and takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInput:
+    """A picture, ready for the tower of its family."""
+
+    pixels: Tensor  # float32 on the CPU; each family's processor says how it is laid out
+    grid: tuple[int, int, int]  # (time, height, width), counted in what the family's processor says
+    num_patches: int  # that the tower computes: its cost
+    num_tokens: int  # embeddings that come out
+
+
+class ImageProcessor(Protocol):
+    def process(self, data: bytes) -> ImageInput:
+        """Decodes a picture and prepares it. Raises InvalidRequestError where it is not one or too large.
+
+        Takes a CPU core for as long as it lasts (decoding dominates) and may be called from several threads.
+        """
+        ...
+
+
+class VisionTower(Protocol):
+    def encode(self, images: Sequence[ImageInput]) -> list[Tensor]:
+        """Each picture's embeddings [num_tokens, hidden size of the text model], in the tower's dtype and device.
+
+        Pictures of a batch know nothing of each other, whatever their sizes.
+        """
+        ...
