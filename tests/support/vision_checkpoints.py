@@ -26,7 +26,7 @@ from checkpoint_tokenizer import (
 from checkpoints import draw_parameters, quiet_transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from vl_checkpoints import draw_tower
+from vl_checkpoints import draw_gemma, draw_tower
 
 VOCAB_SIZE = 384
 QWEN_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>")
@@ -41,7 +41,9 @@ _PARTS_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|start_of_role|>assistant\n{% endif %}"
 )
+GEMMA_TOKENS = ("<start_of_image>", "<image_soft_token>", "<end_of_image>")
 QWEN_TEMPLATE = _PARTS_TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+GEMMA_TEMPLATE = _PARTS_TEMPLATE.replace("IMAGE", "<start_of_image>")
 _TEXT: dict[str, Any] = {
     "num_hidden_layers": 2,
     "hidden_size": 64,
@@ -63,6 +65,16 @@ _QWEN_VISION: dict[str, Any] = {
     "window_size": 16,
     "fullatt_block_indexes": [1],
     "out_hidden_size": 64,
+}
+# 8 x 8 patches; 2 x 2 of them make an embedding.
+_GEMMA_VISION: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 4,
+    "vision_use_head": False,
 }
 
 
@@ -96,6 +108,41 @@ def make_qwen2_5_vl(directory: Path, *, seed: int = 0) -> Path:
         "image_std": [0.26862954, 0.26130258, 0.27577711],
     }
     _write_rest(directory, processor, QWEN_TOKENS, QWEN_TEMPLATE)
+    return directory
+
+
+def make_gemma3(directory: Path, *, seed: int = 0, pan_and_scan: bool = False) -> Path:
+    """Writes a Gemma 3 checkpoint: 16 embeddings a view; with `pan_and_scan` up to 3 crops of 16 pixels or more."""
+    import transformers
+
+    boi, image, eoi = (media_token_id(token, GEMMA_TOKENS, VOCAB_SIZE) for token in GEMMA_TOKENS)
+    text = {**_TEXT, "num_hidden_layers": 3, "head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 16}
+    layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
+    with quiet_transformers():
+        config = transformers.Gemma3Config(
+            text_config={**text, "layer_types": layer_types},
+            vision_config=dict(_GEMMA_VISION),
+            mm_tokens_per_image=16,
+            boi_token_index=boi,
+            image_token_index=image,
+            eoi_token_index=eoi,
+        )
+        model = transformers.Gemma3ForConditionalGeneration(config).eval()
+        draw_gemma(model, seed)
+        draw_tower(model.model.vision_tower, seed)
+        draw_tower(model.model.multi_modal_projector, seed)
+        model.save_pretrained(directory)
+    processor = {
+        "image_processor_type": "Gemma3ImageProcessor",
+        "size": {"height": 32, "width": 32},
+        "image_seq_length": 16,
+        "do_convert_rgb": None,
+        "do_pan_and_scan": True if pan_and_scan else None,
+        "pan_and_scan_min_crop_size": 16,
+        "pan_and_scan_max_num_crops": 3,
+        "pan_and_scan_min_ratio_to_activate": 1.2,
+    }
+    _write_rest(directory, processor, GEMMA_TOKENS, GEMMA_TEMPLATE)
     return directory
 
 

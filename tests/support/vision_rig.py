@@ -12,7 +12,7 @@ from vision_checkpoints import alter_tensors, as_bytes, draw_picture
 
 from kvrelay_engine.vision.loader import LoadedTower, load_tower
 
-# Weights by which something is multiplied: a tower without them computes with 1.
+# Weights by which something is multiplied: a tower without them computes with 1. Gemma's projector adds 1 itself.
 _SCALE = re.compile(r"(norm\d?|ln_q|layernorm)\.weight$")
 
 
@@ -41,7 +41,7 @@ def load_without(model_dir: Path, altered: Path, forgotten: str, part: slice) ->
         if tensor_class(name) != forgotten:
             return tensor
         rest = tensor.clone()
-        rest[part] = 1.0 if _SCALE.search(name) else 0.0
+        rest[part] = 1.0 if _SCALE.search(name) and "mm_soft" not in name else 0.0
         return rest
 
     shutil.copytree(model_dir, altered, dirs_exist_ok=True)

@@ -15,7 +15,7 @@ from kvrelay_core.errors import ConfigError
 from kvrelay_core.media.limits import MediaLimits
 from kvrelay_core.media.processor_config import ProcessorConfig
 from kvrelay_engine.config_fields import ConfigFields
-from kvrelay_engine.vision import qwen2_5_vl
+from kvrelay_engine.vision import gemma3, qwen2_5_vl
 from kvrelay_engine.vision.image_input import ImageProcessor, VisionTower
 from kvrelay_engine.weight_reader import WeightReader
 
@@ -43,7 +43,17 @@ _QWEN2_5_VL: Final = Family(
     qwen2_5_vl.tower.QwenVisionTower,
     qwen2_5_vl.processor.make_processor,
 )
-FAMILIES: Final = MappingProxyType[str, Family[Any, Any]]({family.model_type: family for family in (_QWEN2_5_VL,)})
+_GEMMA3: Final = Family(
+    gemma3.config.MODEL_TYPE,
+    gemma3.weights.PREFIXES,
+    gemma3.config.read_config,
+    gemma3.weights.read_weights,
+    gemma3.tower.GemmaVisionTower,
+    gemma3.processor.make_processor,
+)
+FAMILIES: Final = MappingProxyType[str, Family[Any, Any]](
+    {family.model_type: family for family in (_QWEN2_5_VL, _GEMMA3)}
+)
 
 
 def find_family(fields: ConfigFields) -> Family[Any, Any]:

@@ -13,11 +13,13 @@ from checkpoints import make_checkpoint
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from vision_checkpoints import (
+    GEMMA_TOKENS,
     QWEN_TOKENS,
     alter_json,
     alter_tensors,
     as_bytes,
     draw_picture,
+    make_gemma3,
     make_qwen2_5_vl,
 )
 
@@ -61,7 +63,7 @@ def test_only_tensors_of_the_tower_are_read(model_dir: Path, copy: Path) -> None
     assert fingerprint(copy) == fingerprint(model_dir)
 
 
-@pytest.mark.parametrize(("make", "tokens"), [(make_qwen2_5_vl, QWEN_TOKENS)])
+@pytest.mark.parametrize(("make", "tokens"), [(make_qwen2_5_vl, QWEN_TOKENS), (make_gemma3, GEMMA_TOKENS)])
 def test_both_sides_of_a_checkpoint_fit(make: Callable[[Path], Path], tokens: tuple[str, ...], tmp_path: Path) -> None:
     whole = make(tmp_path / "whole")
     text, tower = load_model(str(whole), "auto", "cpu"), load_tower(str(whole), "auto", "cpu")
