@@ -22,7 +22,7 @@ from kvrelay_engine.load_messages import LinkLoad
 from kvrelay_engine.messages import Event, PeerConnected, PeerFailed
 from kvrelay_transfer.connectors.base import BlockRead, Connector, PeerInfo, PeerLink
 from kvrelay_transfer.connectors.registry import choose
-from kvrelay_transfer.layout import KvLayout
+from kvrelay_transfer.embedding_layout import PoolLayout
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class ActiveLink:
 class PeerLinks:
     def __init__(
         self,
-        layout: KvLayout,
+        layout: PoolLayout,
         connectors: Mapping[str, Connector],
         clock: Clock,
         emit: Callable[[Event], None],
@@ -262,11 +262,10 @@ class PeerLinks:
         details = "; ".join(refusals) or f"no connector in common (ours: {ours}; the peer's: {theirs})"
         raise TransferError(f"the KV pool of {peer.peer_id} cannot be reached: {details}")
 
-    def _difference(self, theirs: KvLayout) -> str:
-        ours = self._layout
+    def _difference(self, theirs: PoolLayout) -> str:
         return (
-            f"and those of the source have {theirs.block_tokens} tokens of {theirs.num_kv_heads} KV heads, ours "
-            f"{ours.block_tokens} of {ours.num_kv_heads}: use one --block-tokens, or allow another --connector"
+            f"and those of the source have {theirs.block_text}, ours {self._layout.block_text}: "
+            "use one --block-tokens, or allow another --connector"
         )
 
     def _fail(self, peer_id: str, error: KvRelayError) -> None:

@@ -57,7 +57,7 @@ from kvrelay_engine.sequence import Sequence
 from kvrelay_transfer.connectors.base import Connector
 from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.lease import Lease, LeaseEnd, LeaseTable
-from kvrelay_transfer.ticket import GroupBlocks, KvTicket, LeaseTerms, TicketSigner
+from kvrelay_transfer.ticket import GroupBlocks, KvTicket, LeaseTerms, Ticket, TicketSigner
 
 # The slowest connector that a pull is given time for (PROTOCOL B5).
 SLOWEST_PULL_BYTES_PER_S = 0.2e9
@@ -260,7 +260,7 @@ class HandoffSource:
         if handoff.first_tokens is not None:
             self._emit(self._complete(handoff, follow))
 
-    def _release(self, call: int, ticket: KvTicket) -> None:
+    def _release(self, call: int, ticket: Ticket) -> None:
         try:
             self._signer.verify(ticket)
         except TicketRejectedError as error:
@@ -281,9 +281,11 @@ class HandoffSource:
             return
         self._emit(Exported(export.export, words))
 
-    def check_export(self, ticket: KvTicket, group: int, blocks: SequenceOf[int]) -> None:
+    def check_export(self, ticket: Ticket, group: int, blocks: SequenceOf[int]) -> None:
         """As `ExportGate` says. Another thread may see a state that is a moment old; the words make up for that."""
         self._signer.verify(ticket)
+        if not isinstance(ticket, KvTicket):
+            raise TicketRejectedError("this engine holds KV, and the ticket is for an embedding", cause="kind")
         if not ticket.is_pinned:
             self._exports.check(ticket, group, blocks)
             return

@@ -26,8 +26,8 @@ from kvrelay_engine.message_kinds import Command as Command
 from kvrelay_engine.message_kinds import Event as Event
 from kvrelay_engine.prefix_messages import LookupPrefix, PrefixFound, PrefixPulled, PrefixTicket, PrefixWanted
 from kvrelay_transfer.connectors.base import ConnectorOffer, PeerInfo
-from kvrelay_transfer.layout import KvLayout
-from kvrelay_transfer.ticket import GroupBlocks, KvTicket, LeaseTerms
+from kvrelay_transfer.embedding_layout import EmbeddingLayout, PoolLayout
+from kvrelay_transfer.ticket import GroupBlocks, KvTicket, LeaseTerms, Ticket
 
 
 class ReleaseReason(StrEnum):
@@ -119,7 +119,7 @@ class ReleaseTicket(Command, frozen=True):
     """Release by RPC or by the router; answered by Released."""
 
     call: int
-    ticket: KvTicket
+    ticket: Ticket
 
 
 class PrefillStreamClosed(Command, frozen=True):
@@ -140,7 +140,7 @@ class Export(Command, frozen=True):
     """Copy these blocks into a staging slot; answered by Exported."""
 
     export: int
-    ticket: KvTicket
+    ticket: Ticket
     group: int
     blocks: tuple[int, ...]
     slot: int
@@ -192,7 +192,7 @@ class Started(Event, frozen=True):
 
     engine_epoch: bytes
     model_fingerprint: bytes
-    layout: KvLayout
+    layout: PoolLayout
     num_blocks: int
     max_model_len: int
     max_num_seqs: int
@@ -204,6 +204,19 @@ class Started(Event, frozen=True):
     staging_fd_path: str  # /proc/<engine pid>/fd/<n> of the staging ring
     staging_slots: int
     staging_slot_bytes: int
+    embedding_layout: EmbeddingLayout | None = None  # of a pool that embeddings are read into
+
+    @property
+    def layouts(self) -> tuple[PoolLayout, ...]:
+        """Of every pool here."""
+        return (self.layout,) if self.embedding_layout is None else (self.layout, self.embedding_layout)
+
+    def check_source(self, source: PoolLayout) -> None:
+        """Raises MismatchError unless one of our pools can take blocks of the source's."""
+        if isinstance(source, EmbeddingLayout) and self.embedding_layout is not None:
+            self.embedding_layout.check_compatible(source)
+        else:
+            self.layout.check_compatible(source)
 
 
 class StartFailed(Event, frozen=True):
@@ -332,7 +345,7 @@ class Fetch(Event, frozen=True):
 
     read: int
     peer_id: str
-    ticket: KvTicket
+    ticket: Ticket
     group: int
     blocks: tuple[int, ...]
 

@@ -6,11 +6,16 @@ same content may cut it differently, into blocks of other sizes and among other 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import msgspec
 from blake3 import blake3
 from msgspec import Struct
 
 from kvrelay_core.errors import ConfigError, MismatchError
+
+if TYPE_CHECKING:
+    from kvrelay_transfer.embedding_layout import PoolLayout
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3": 1}
 
@@ -19,7 +24,7 @@ def _is_power_of_two(value: int) -> bool:
     return value > 0 and value & (value - 1) == 0
 
 
-class KvLayout(Struct, frozen=True, array_like=True):
+class KvLayout(Struct, frozen=True, array_like=True, tag="kv"):
     """Descriptor of one KV group's pool on one rank. `num_kv_heads` counts the heads of this rank."""
 
     dtype: str
@@ -63,8 +68,10 @@ class KvLayout(Struct, frozen=True, array_like=True):
     def fingerprint(self) -> bytes:
         return blake3(msgspec.msgpack.encode(self)).digest()
 
-    def check_compatible(self, source: KvLayout) -> None:
+    def check_compatible(self, source: PoolLayout) -> None:
         """Raises MismatchError unless both hold the same content: only block size and ranks may differ."""
+        if not isinstance(source, KvLayout):
+            raise MismatchError("the source's pool holds embeddings, this one KV", field="layout")
         for name, remedy in _CONTENT.items():
             ours, theirs = getattr(self, name), getattr(source, name)
             if ours != theirs:
@@ -82,7 +89,7 @@ class KvLayout(Struct, frozen=True, array_like=True):
                     field="num_kv_heads",
                 )
 
-    def needs_slices(self, source: KvLayout) -> bool:
+    def needs_slices(self, source: PoolLayout) -> bool:
         """False if blocks of `source` fit into this pool as they are, both being compatible."""
         return self.shape != source.shape
 
@@ -99,6 +106,11 @@ class KvLayout(Struct, frozen=True, array_like=True):
         """Whether the ranks of this layout can share `num_heads` among them, each head as often as any other."""
         copies, rest = divmod(self.num_kv_heads * self.tp_size, num_heads)
         return rest == 0 and (copies == 1 or self.num_kv_heads == 1)
+
+    @property
+    def block_text(self) -> str:
+        """What is in a block, for messages."""
+        return f"{self.block_tokens} tokens of {self.num_kv_heads} KV heads"
 
     @property
     def _heads_text(self) -> str:

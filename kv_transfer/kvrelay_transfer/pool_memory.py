@@ -1,4 +1,4 @@
-"""Where the KV of one rank lies: the pool tensor and its fence words.
+"""Where the KV of one rank, or the embeddings of a worker, lie: the pool tensor and its fence words.
 
 CPU: both in one sealed memfd that peers map read-only. CUDA: the tensor is a plain cudaMalloc of its own, the words
 lie in a memfd. Knows which bytes are which block, not who owns them (`kvrelay_engine.block_pool`).
@@ -15,8 +15,8 @@ import torch
 
 from kvrelay_core.errors import ConfigError
 from kvrelay_transfer.cuda_memory import allocate_tensor
+from kvrelay_transfer.embedding_layout import PoolLayout
 from kvrelay_transfer.fence import FenceWords
-from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.memfd import create_memfd, seal
 from kvrelay_transfer.region import RegionHeader
 from kvrelay_transfer.slice_copy import BlockBytes
@@ -30,10 +30,10 @@ TORCH_DTYPES = {
 
 
 class PoolMemory:
-    """`tensor` [num_blocks, layers, 2, kv_heads, block_tokens, head_dim], zeroed; `words` its fence words."""
+    """`tensor` [num_blocks, *layout.shape], zeroed; `words` its fence words."""
 
     def __init__(
-        self, layout: KvLayout, header: RegionHeader, mapping: mmap.mmap, fd: int, tensor: torch.Tensor
+        self, layout: PoolLayout, header: RegionHeader, mapping: mmap.mmap, fd: int, tensor: torch.Tensor
     ) -> None:
         """Use `allocate`."""
         self.layout = layout
@@ -48,17 +48,19 @@ class PoolMemory:
         self._close_fd = weakref.finalize(self, os.close, fd)  # a descriptor is no more than a number
 
     @classmethod
-    def allocate(cls, layout: KvLayout, num_blocks: int, device: str, epoch: bytes) -> PoolMemory:
-        """`num_blocks` counts the null block; `epoch` is the engine's, 16 bytes.
+    def allocate(
+        cls, layout: PoolLayout, num_blocks: int, device: str, epoch: bytes, *, sized_by: str = "--kv-blocks"
+    ) -> PoolMemory:
+        """`num_blocks` counts the null block; `epoch` is the engine's, 16 bytes; `sized_by` the flag to change.
 
         Raises ConfigError when memory is short.
         """
         layout.validate()
         if num_blocks < 2:
-            raise ConfigError("the KV pool needs at least 2 blocks; raise --kv-blocks")
+            raise ConfigError(f"a pool needs at least 2 blocks; raise {sized_by}")
         on_cpu = torch.device(device).type == "cpu"
         header = RegionHeader.plan(layout, num_blocks, epoch, has_data=on_cpu)
-        fd = create_memfd("kvrelay-pool", header.size_bytes, f"lower --kv-blocks (now {num_blocks})")
+        fd = create_memfd("kvrelay-pool", header.size_bytes, f"lower {sized_by} (now {num_blocks} blocks)")
         try:
             mapping = mmap.mmap(fd, header.size_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
             seal(fd, future_writes=False)
@@ -99,13 +101,13 @@ class PoolMemory:
             self.tensor = self.tensor.new_empty(0)
 
 
-def _cpu_tensor(layout: KvLayout, header: RegionHeader, mapping: mmap.mmap) -> torch.Tensor:
+def _cpu_tensor(layout: PoolLayout, header: RegionHeader, mapping: mmap.mmap) -> torch.Tensor:
     data_bytes = header.num_blocks * header.block_bytes
     flat = torch.frombuffer(mapping, dtype=torch.uint8, count=data_bytes, offset=header.data_offset)
     return flat.view(TORCH_DTYPES[layout.dtype]).view(header.num_blocks, *layout.shape)
 
 
-def _cuda_tensor(layout: KvLayout, num_blocks: int, device: str) -> torch.Tensor:
+def _cuda_tensor(layout: PoolLayout, num_blocks: int, device: str) -> torch.Tensor:
     size_bytes = num_blocks * layout.block_bytes
     flat = allocate_tensor(size_bytes, torch.device(device), f"lower --kv-blocks (now {num_blocks})")
     return flat.view(TORCH_DTYPES[layout.dtype]).view(num_blocks, *layout.shape)

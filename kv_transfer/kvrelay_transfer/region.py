@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from kvrelay_core.errors import MismatchError, TransferError
+from kvrelay_transfer.embedding_layout import PoolLayout
 from kvrelay_transfer.fence import WORD_BYTES, RemoteWords
-from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.memfd import is_sealed
 from kvrelay_transfer.slice_copy import BlockBytes
 
@@ -40,7 +40,7 @@ class RegionHeader(NamedTuple):
     layout_fingerprint: bytes
 
     @classmethod
-    def plan(cls, layout: KvLayout, num_blocks: int, engine_epoch: bytes, *, has_data: bool) -> RegionHeader:
+    def plan(cls, layout: PoolLayout, num_blocks: int, engine_epoch: bytes, *, has_data: bool) -> RegionHeader:
         assert len(engine_epoch) == EPOCH_BYTES, "an engine epoch has 128 bits"
         words_offset = mmap.PAGESIZE
         data_offset = words_offset + _page_aligned(num_blocks * WORD_BYTES)
@@ -76,7 +76,7 @@ class RemoteRegion:
         self.words = RemoteWords(np.frombuffer(mapping, np.uint64, header.num_blocks, header.words_offset))
 
     @classmethod
-    def attach(cls, fd: int, layout: KvLayout, engine_epoch: bytes) -> RemoteRegion:
+    def attach(cls, fd: int, layout: PoolLayout, engine_epoch: bytes) -> RemoteRegion:
         """Maps the segment behind `fd`, which stays the caller's. `layout` is what the peer says of its pool.
 
         Raises MismatchError (other layout), TransferError (other engine start, or memory that could vanish).
@@ -96,7 +96,7 @@ class RemoteRegion:
         return cls(mapping, header)
 
     @staticmethod
-    def _check(header: RegionHeader, layout: KvLayout, engine_epoch: bytes, size_bytes: int) -> None:
+    def _check(header: RegionHeader, layout: PoolLayout, engine_epoch: bytes, size_bytes: int) -> None:
         if header.layout_fingerprint != layout.fingerprint():
             raise MismatchError("the peer's segment holds KV of another layout than the peer says")
         if header.engine_epoch != engine_epoch:

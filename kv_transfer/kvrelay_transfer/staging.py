@@ -14,7 +14,7 @@ import torch
 from kvrelay_core.errors import TransferError
 from kvrelay_transfer.connectors.base import BlockSlices, check_block_range
 from kvrelay_transfer.connectors.copy_thread import merge_runs
-from kvrelay_transfer.layout import KvLayout
+from kvrelay_transfer.embedding_layout import PoolLayout
 from kvrelay_transfer.pool_memory import PoolMemory
 from kvrelay_transfer.slice_copy import BlockBytes, copy_slices
 from kvrelay_transfer.staging_slots import StagingSlots
@@ -25,7 +25,7 @@ TARGET_SLOT_BYTES = 4 << 20
 MAX_PEER_BLOCK_TOKENS = 128
 
 
-def slot_bytes_for(layout: KvLayout) -> int:
+def slot_bytes_for(layout: PoolLayout) -> int:
     """Whole blocks: of ours at least one, and as many as are in the largest block of a peer."""
     peer_blocks = MAX_PEER_BLOCK_TOKENS // layout.block_tokens
     return max(1, peer_blocks, TARGET_SLOT_BYTES // layout.block_bytes) * layout.block_bytes

@@ -1,4 +1,5 @@
-"""The ticket: a signed list of blocks and fence words that lets another worker read the KV of one attempt.
+"""The ticket: a signed list of blocks and fence words that lets another worker read the KV of one attempt, or the
+embedding of one media item.
 
 Rules: PROTOCOL A1, A3, D1 in docs/protocol.md. The signature is keyed by the issuing engine's epoch, so only
 the issuer verifies it and a ticket of an earlier start is refused.
@@ -8,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from typing import TypeVar
 
 import msgspec
 from msgspec import Struct
 
 from kvrelay_core.errors import TicketRejectedError
 from kvrelay_core.request import AttemptId
+from kvrelay_transfer.embedding_layout import EmbeddingLayout
 from kvrelay_transfer.layout import KvLayout
 
 
@@ -36,7 +39,7 @@ class LeaseTerms(Struct, frozen=True, array_like=True):
     wall_cap_s: float = 10.0
 
 
-class KvTicket(Struct, frozen=True, array_like=True):
+class KvTicket(Struct, frozen=True, array_like=True, tag="kv"):
     ticket_id: str
     source_id: str
     source_address: str
@@ -56,6 +59,35 @@ class KvTicket(Struct, frozen=True, array_like=True):
         return msgspec.msgpack.encode(msgspec.structs.replace(self, mac=b""))
 
 
+class EmbeddingTicket(Struct, frozen=True, array_like=True, tag="embeddings"):
+    """The right to read the rows [num_tokens, hidden] of one media item: blocks in token order, words alike.
+
+    Its lease has no stream: `lease.first_follow_s` after it was issued the pins are gone, unless a Release came
+    before. Afterwards the words alone tell whether the item is still there.
+    """
+
+    ticket_id: str
+    source_id: str
+    source_address: str
+    engine_epoch: bytes
+    content_hash: bytes
+    encoder_fingerprint: bytes
+    layout: EmbeddingLayout
+    blocks: tuple[int, ...]
+    words: tuple[int, ...]
+    num_tokens: int
+    lease: LeaseTerms
+    mac: bytes = b""
+
+    def canonical_bytes(self) -> bytes:
+        """What the signature covers: every field but the signature."""
+        return msgspec.msgpack.encode(msgspec.structs.replace(self, mac=b""))
+
+
+Ticket = KvTicket | EmbeddingTicket
+T = TypeVar("T", KvTicket, EmbeddingTicket)
+
+
 class TicketSigner:
     """Holds the key of one engine epoch."""
 
@@ -63,15 +95,15 @@ class TicketSigner:
         self._key = key
         self._engine_epoch = engine_epoch
 
-    def sign(self, ticket: KvTicket) -> KvTicket:
+    def sign(self, ticket: T) -> T:
         return msgspec.structs.replace(ticket, mac=self._mac(ticket))
 
-    def verify(self, ticket: KvTicket) -> None:
+    def verify(self, ticket: Ticket) -> None:
         """Raises TicketRejectedError unless this very engine start issued the ticket as it is."""
         if ticket.engine_epoch != self._engine_epoch:
-            raise TicketRejectedError("the ticket is of another engine start; prefill again", cause="epoch")
+            raise TicketRejectedError("the ticket is of another engine start; ask its source again", cause="epoch")
         if not hmac.compare_digest(ticket.mac, self._mac(ticket)):
             raise TicketRejectedError("the ticket's signature does not match its content", cause="mac")
 
-    def _mac(self, ticket: KvTicket) -> bytes:
+    def _mac(self, ticket: Ticket) -> bytes:
         return hmac.digest(self._key, ticket.canonical_bytes(), hashlib.sha256)

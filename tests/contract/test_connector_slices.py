@@ -44,7 +44,7 @@ def scatter(layout: KvLayout, seed: int) -> list[int]:
 
 def pairs_of(bench: ConnectorBench) -> BlockPairs:
     """Of the whole ticket."""
-    plans = plan_ranks(bench.side.layout, bench.memory.layout)
+    plans = plan_ranks(bench.side.layout, bench.shapes.reader)
     (plan,) = [plan for plan in plans if plan.source_rank == bench.side.layout.tp_rank]
     return plan.pair(0, len(bench.blocks), NUM_TOKENS)
 
@@ -56,7 +56,7 @@ def whole_read(bench: ConnectorBench, local: list[int]) -> BlockRead:
 
 
 def arrived(bench: ConnectorBench, local: list[int]) -> Bytes:
-    return glue(bench.memory.block_rows[local].numpy(), bench.memory.layout, NUM_TOKENS)
+    return glue(bench.memory.block_rows[local].numpy(), bench.shapes.reader, NUM_TOKENS)
 
 
 def seeded_sample(cells: list[tuple[int, ...]], share: int) -> list[object]:
@@ -125,7 +125,7 @@ def test_ranks_are_read_into_ranks(connector: str, tmp_path: Path, p: int, d: in
 def test_a_block_reused_before_the_read_shows_in_the_word_of_each_of_its_pairs(bench: ConnectorBench) -> None:
     reused = bench.blocks[1]
     bench.side.overwrite(reused)
-    read = whole_read(bench, scatter(bench.memory.layout, 1))
+    read = whole_read(bench, scatter(bench.shapes.reader, 1))
     transfer = bench.link.read(read)
     bench.finish(transfer)
     assert transfer.poll() is TransferState.DONE
@@ -137,7 +137,7 @@ def test_a_block_reused_before_the_read_shows_in_the_word_of_each_of_its_pairs(b
 
 def test_a_block_reused_during_the_read_shows_in_its_word(bench: ConnectorBench) -> None:
     """The first 64 tokens, last piece first: no two pairs are one copy, and the reuse comes behind the first."""
-    local = scatter(bench.memory.layout, 1)
+    local = scatter(bench.shapes.reader, 1)
     read = first_pairs(whole_read(bench, local), 4, step=-1)
     reused = read.remote_blocks[0]
     transfer = bench.read_interrupted(read, lambda: bench.side.overwrite(reused))

@@ -19,13 +19,13 @@ from kvrelay_transfer.connectors.nixl import NixlConnector
 from kvrelay_transfer.connectors.shm import ShmConnector
 from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.pool_memory import PoolMemory
-from kvrelay_transfer.ticket import KvTicket
+from kvrelay_transfer.ticket import Ticket
 
 
 class AnyExport:
     """The gate of a source that exports all it has."""
 
-    def check_export(self, ticket: KvTicket, group: int, blocks: Sequence[int]) -> None:
+    def check_export(self, ticket: Ticket, group: int, blocks: Sequence[int]) -> None:
         pass
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from kvrelay_core.error_info import error_of
 from kvrelay_core.errors import KvRelayError, OverloadedError, TransferError
 from kvrelay_engine.messages import Export, Exported
-from kvrelay_transfer.ticket import KvTicket
+from kvrelay_transfer.ticket import Ticket
 from kvrelay_worker.staging import SlotAllocator
 from kvrelay_worker.worker import Worker
 
@@ -42,7 +42,7 @@ class Exports:
         self._engine.on(Exported, self._on_exported)
         self._engine.on_loss(self._on_loss)
 
-    async def export(self, ticket: KvTicket, group: int, blocks: tuple[int, ...]) -> ExportedPiece:
+    async def export(self, ticket: Ticket, group: int, blocks: tuple[int, ...]) -> ExportedPiece:
         """At most `blocks_per_slot` blocks. Raises what the engine answers (ticket rejected, lease over),
         OverloadedError when no slot comes free, TransferError when the engine does not answer."""
         slots = self._worker.slots.exports

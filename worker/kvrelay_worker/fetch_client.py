@@ -12,14 +12,13 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kvrelay.v1 import kv_source_pb2 as pb
 from kvrelay_core.error_info import info_of
 from kvrelay_core.errors import InternalError, KvRelayError, RequestCancelledError, TransferError, WorkerLostError
 from kvrelay_engine.messages import Fetch, FetchAbort, FetchedPiece, FetchEnded, SlotFree
+from kvrelay_worker.embedding_wire import fetch_to_wire
 from kvrelay_worker.peer_errors import RETRY_PAUSE_S, peer_errors
 from kvrelay_worker.peers import PeerBook
 from kvrelay_worker.staging import Staging
-from kvrelay_worker.wire import ticket_to_wire
 from kvrelay_worker.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -128,7 +127,7 @@ class FetchClient:
         stub = self._peers.stub(fetch.peer_id)
         expected_bytes = len(blocks) * fetch.ticket.layout.block_bytes
         received_bytes = 0
-        request = pb.FetchRequest(ticket=ticket_to_wire(fetch.ticket), group=fetch.group, blocks=blocks)
+        request = fetch_to_wire(fetch.ticket, fetch.group, tuple(blocks))
         call = stub.Fetch(request, wait_for_ready=True)
         self._worker.streams.enter()
         try:

@@ -1,4 +1,4 @@
-"""KvSourceService: lets other workers read this worker's KV.
+"""KvSourceService: lets other workers read this worker's KV, or its embeddings.
 
 It owns the streams; the engine verifies tickets, holds pins and copies blocks. Knows nothing of prefill.
 """
@@ -16,13 +16,15 @@ from kvrelay_core.hashing import HASH_BYTES
 from kvrelay_core.rpc.wire import attempt_from_wire
 from kvrelay_engine.messages import Released, ReleaseTicket
 from kvrelay_engine.prefix_messages import LookupPrefix, PrefixTicket
-from kvrelay_transfer.ticket import KvTicket
+from kvrelay_transfer.embedding_layout import EmbeddingLayout
+from kvrelay_transfer.layout import KvLayout
+from kvrelay_transfer.ticket import KvTicket, Ticket
+from kvrelay_worker.embedding_wire import check_reader, embedding_layout_to_wire, readable_from_wire
 from kvrelay_worker.engine_link import PendingCalls
 from kvrelay_worker.exports import Exports
 from kvrelay_worker.follows import FollowBook, FollowEnd, FollowObserver, FollowStream
 from kvrelay_worker.stream_end import Context, at_stream_end, guard_stream, until_stream_end
 from kvrelay_worker.wire import (
-    layout_from_wire,
     layout_to_wire,
     offer_to_wire,
     release_reason_from_wire,
@@ -48,14 +50,15 @@ class KvSourceServicer(kv_source_pb2_grpc.KvSourceServiceServicer):
     async def Connect(self, request: pb.ConnectRequest, context: Context) -> pb.ConnectResponse:
         """Raises MismatchError when the reader's pool cannot take our blocks."""
         started = self._worker.engine.started
-        for layout in request.layouts:
-            layout_from_wire(layout).check_compatible(started.layout)
+        check_reader(request, started.layout)
+        layout = started.layout
         return pb.ConnectResponse(
             source=common_pb2.WorkerRef(worker_id=self._worker.config.worker_id, address=self._worker.address),
             engine_epoch=started.engine_epoch,
             model_fingerprint=started.model_fingerprint,
             offers=map(offer_to_wire, started.offers),
-            layouts=[layout_to_wire(started.layout)],
+            layouts=[layout_to_wire(layout)] if isinstance(layout, KvLayout) else (),
+            embedding_layouts=[embedding_layout_to_wire(layout)] if isinstance(layout, EmbeddingLayout) else (),
         )
 
     async def Follow(
@@ -89,7 +92,7 @@ class KvSourceServicer(kv_source_pb2_grpc.KvSourceServiceServicer):
         return first.open
 
     async def Fetch(self, request: pb.FetchRequest, context: Context) -> AsyncIterator[pb.FetchResponse]:
-        ticket = ticket_from_wire(request.ticket)
+        ticket = readable_from_wire(request)
         blocks = tuple(request.blocks)
         if not blocks:
             raise InvalidRequestError("Fetch names no blocks")
@@ -107,7 +110,7 @@ class KvSourceServicer(kv_source_pb2_grpc.KvSourceServiceServicer):
             yield response
 
     async def _stream_blocks(
-        self, ticket: KvTicket, group: int, blocks: tuple[int, ...], held: set[int]
+        self, ticket: Ticket, group: int, blocks: tuple[int, ...], held: set[int]
     ) -> AsyncIterator[pb.FetchResponse]:
         staging = self._worker.slots
         words: list[int] = []
@@ -124,12 +127,12 @@ class KvSourceServicer(kv_source_pb2_grpc.KvSourceServiceServicer):
         yield pb.FetchResponse(words=words, last=True)
 
     async def Release(self, request: pb.ReleaseRequest, context: Context) -> pb.ReleaseResponse:
-        ticket = ticket_from_wire(request.ticket)
+        ticket = readable_from_wire(request)
         timeout_s = self._worker.config.call_timeout_s
         released = await self._releases.ask(lambda call: ReleaseTicket(call, ticket), timeout_s)
         if released.error is not None:
             raise error_of(released.error)
-        if self._observer is not None:
+        if self._observer is not None and isinstance(ticket, KvTicket):
             self._observer.on_unfollowed(ticket.attempt, FollowEnd.ENDED)
         return pb.ReleaseResponse(released=released.released)
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 import grpc
 
 from kvrelay.v1 import common_pb2, kv_source_pb2_grpc
-from kvrelay.v1 import kv_source_pb2 as pb
 from kvrelay_core.errors import (
     KvRelayError,
     MismatchError,
@@ -29,9 +28,11 @@ from kvrelay_core.rpc.channel import open_channel
 from kvrelay_core.rpc.exposure import is_loopback
 from kvrelay_engine.messages import ConnectPeer, DisconnectPeer, PeerConnected, PeerFailed, Started
 from kvrelay_transfer.connectors.base import PeerInfo
-from kvrelay_transfer.ticket import KvTicket
+from kvrelay_transfer.layout import KvLayout
+from kvrelay_transfer.ticket import Ticket
+from kvrelay_worker.embedding_wire import connect_to_wire, peer_from_wire
 from kvrelay_worker.peer_errors import peer_errors
-from kvrelay_worker.wire import layout_to_wire, offer_to_wire, peer_from_wire
+from kvrelay_worker.wire import offer_to_wire
 from kvrelay_worker.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class PeerBook:
             raise WorkerLostError(f"{address} is not connected any more", peer=address)
         return peer.stub
 
-    async def connect(self, ticket: KvTicket) -> kv_source_pb2_grpc.KvSourceServiceAsyncStub:
+    async def connect(self, ticket: Ticket) -> kv_source_pb2_grpc.KvSourceServiceAsyncStub:
         """Makes sure that the engine knows the ticket's source as it runs now.
 
         Raises TicketRejectedError for a source that is not allowed or has restarted since it issued the ticket,
@@ -131,19 +132,16 @@ class PeerBook:
 
     async def _shake_hands(self, peer: _Peer) -> None:
         started = self._worker.engine.started
-        request = pb.ConnectRequest(
-            reader=common_pb2.WorkerRef(worker_id=self._worker.config.worker_id, address=self._worker.address),
-            offers=map(offer_to_wire, started.offers),
-            layouts=[layout_to_wire(started.layout)],
-        )
+        reader = common_pb2.WorkerRef(worker_id=self._worker.config.worker_id, address=self._worker.address)
+        request = connect_to_wire(reader, list(map(offer_to_wire, started.offers)), started.layouts)
         timeout_s = self._worker.config.call_timeout_s
         with peer_errors(peer.address):
             response = await peer.stub.Connect(request, timeout=timeout_s, wait_for_ready=True)
         if self._peers.get(peer.address) is not peer:
             raise WorkerLostError(f"{peer.address} was given up during the handshake", peer=peer.address)
         info = peer_from_wire(peer.address, response)
-        started.layout.check_compatible(info.layout)
-        if info.model_fingerprint != started.model_fingerprint:
+        started.check_source(info.layout)
+        if isinstance(info.layout, KvLayout) and info.model_fingerprint != started.model_fingerprint:
             raise MismatchError(f"{peer.address} serves another model; start both workers with the same weights")
         self._register(peer, info)
 

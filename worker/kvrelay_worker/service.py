@@ -11,7 +11,10 @@ from kvrelay.v1 import worker_pb2, worker_pb2_grpc
 from kvrelay_core.error_info import error_of
 from kvrelay_core.errors import InvalidRequestError
 from kvrelay_engine.messages import GetLoad, LoadReply
+from kvrelay_transfer.embedding_layout import EmbeddingLayout
+from kvrelay_transfer.layout import KvLayout
 from kvrelay_worker.drain import Drain
+from kvrelay_worker.embedding_wire import embedding_layout_to_wire
 from kvrelay_worker.engine_link import PendingCalls
 from kvrelay_worker.stream_end import Context
 from kvrelay_worker.wire import layout_to_wire, load_to_wire
@@ -20,7 +23,11 @@ from kvrelay_worker.worker import Worker
 MIN_INTERVAL_S = 0.05
 MAX_INTERVAL_S = 3600.0
 REPEAT_S = 5.0  # a report that has not changed
-_ROLES = {"prefill": worker_pb2.ROLE_PREFILL, "decode": worker_pb2.ROLE_DECODE}
+_ROLES = {
+    "prefill": worker_pb2.ROLE_PREFILL,
+    "decode": worker_pb2.ROLE_DECODE,
+    "encoder": worker_pb2.ROLE_ENCODER,
+}
 
 
 def software_version() -> str:
@@ -39,12 +46,14 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
 
     async def Describe(self, request: worker_pb2.DescribeRequest, context: Context) -> worker_pb2.DescribeResponse:
         worker, started = self._worker, self._worker.engine.started
+        layout = started.layout
         return worker_pb2.DescribeResponse(
             worker=pb.WorkerRef(worker_id=worker.config.worker_id, address=worker.address),
             role=_ROLES[worker.config.role],
             engine_epoch=started.engine_epoch,
             model_fingerprint=started.model_fingerprint,
-            layouts=[layout_to_wire(started.layout)],
+            layouts=[layout_to_wire(layout)] if isinstance(layout, KvLayout) else (),
+            embedding_layouts=[embedding_layout_to_wire(layout)] if isinstance(layout, EmbeddingLayout) else (),
             num_blocks=started.num_blocks,
             max_model_len=started.max_model_len,
             max_num_seqs=started.max_num_seqs,

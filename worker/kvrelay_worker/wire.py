@@ -1,4 +1,4 @@
-"""Between protobuf and the dataclasses of the transfer package: tickets, layouts, leases, peers, loads, errors.
+"""Between protobuf and the dataclasses of the transfer package: tickets, layouts, leases, loads, errors.
 
 `x_to_wire` makes the message, `x_from_wire` the dataclass. Malformed input is an InvalidRequestError; whether a
 well-formed ticket is genuine is the issuing engine's business.
@@ -17,7 +17,7 @@ from kvrelay_core.rpc import wire as core_wire
 from kvrelay_core.rpc.status import error_from_detail, error_to_detail
 from kvrelay_engine.load_messages import ConnectorLoad, LinkLoad, Load
 from kvrelay_engine.messages import ReleaseReason
-from kvrelay_transfer.connectors.base import ConnectorOffer, PeerInfo
+from kvrelay_transfer.connectors.base import ConnectorOffer
 from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.ticket import GroupBlocks, KvTicket, LeaseTerms
 
@@ -159,19 +159,6 @@ def offer_to_wire(offer: ConnectorOffer) -> source_pb.ConnectorOffer:
 
 def offer_from_wire(wire: source_pb.ConnectorOffer) -> ConnectorOffer:
     return ConnectorOffer(wire.name, wire.endpoint)
-
-
-def peer_from_wire(peer_id: str, wire: source_pb.ConnectResponse) -> PeerInfo:
-    """`peer_id` is the address that was dialled, never what the peer calls itself."""
-    _require(len(wire.engine_epoch) == EPOCH_BYTES, f"peer {peer_id}: engine_epoch must have {EPOCH_BYTES} bytes")
-    _require(len(wire.layouts) == 1, f"peer {peer_id} has {len(wire.layouts)} KV groups; this release reads one")
-    return PeerInfo(
-        peer_id=peer_id,
-        engine_epoch=wire.engine_epoch,
-        model_fingerprint=wire.model_fingerprint,
-        layout=layout_from_wire(wire.layouts[0]),
-        offers=tuple(map(offer_from_wire, wire.offers)),
-    )
 
 
 def link_to_wire(link: LinkLoad) -> worker_pb2.LinkReport:

@@ -19,7 +19,7 @@ from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.pool_memory import PoolMemory
 from kvrelay_transfer.staging import BlockStaging, slot_bytes_for
 from kvrelay_transfer.staging_slots import StagingSlots
-from kvrelay_transfer.ticket import KvTicket
+from kvrelay_transfer.ticket import Ticket
 
 # Blocks are told apart by their numbers times this, and every four bytes of a block from the others by their place.
 _BLOCK_STRIDE = 40503
@@ -30,7 +30,7 @@ _COMPARED_BYTES = 16 << 20
 class OpenGate:
     """Lets every read through."""
 
-    def check_export(self, ticket: KvTicket, group: int, blocks: Sequence[int]) -> None:
+    def check_export(self, ticket: Ticket, group: int, blocks: Sequence[int]) -> None:
         pass
 
 

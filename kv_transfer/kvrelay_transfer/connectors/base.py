@@ -28,8 +28,8 @@ import msgspec
 from msgspec import Struct
 
 from kvrelay_core.errors import KvRelayError, TransferError
-from kvrelay_transfer.layout import KvLayout
-from kvrelay_transfer.ticket import KvTicket
+from kvrelay_transfer.embedding_layout import PoolLayout
+from kvrelay_transfer.ticket import Ticket
 
 
 class TransferState(Enum):
@@ -56,7 +56,7 @@ class PeerInfo(Struct, frozen=True, array_like=True):
     peer_id: str
     engine_epoch: bytes
     model_fingerprint: bytes
-    layout: KvLayout
+    layout: PoolLayout
     offers: tuple[ConnectorOffer, ...]
 
 
@@ -95,7 +95,7 @@ class BlockRead(Struct, frozen=True, array_like=True):
     Whole blocks of equal layouts; with `slices` the rows that these name, and then a block may be in several pairs.
     """
 
-    ticket: KvTicket
+    ticket: Ticket
     group: int
     remote_blocks: tuple[int, ...]
     local_blocks: tuple[int, ...]
@@ -105,7 +105,7 @@ class BlockRead(Struct, frozen=True, array_like=True):
 class ExportGate(Protocol):
     """What a connector whose source takes part in reads asks before it sends anything."""
 
-    def check_export(self, ticket: KvTicket, group: int, blocks: Sequence[int]) -> None:
+    def check_export(self, ticket: Ticket, group: int, blocks: Sequence[int]) -> None:
         """Raises TicketRejectedError, LeaseExpiredError or TransferError unless `blocks` of `ticket` may be read now.
 
         May be called on any thread. The words are still to be read after the data (PROTOCOL A6).

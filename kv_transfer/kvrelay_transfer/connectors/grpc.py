@@ -29,7 +29,7 @@ from kvrelay_transfer.connectors.base import (
     check_block_range,
     check_slices,
 )
-from kvrelay_transfer.layout import KvLayout
+from kvrelay_transfer.embedding_layout import PoolLayout
 
 DEFAULT_DEADLINE_S = 30.0
 
@@ -48,7 +48,7 @@ class SocketHalf(Protocol):
 
 class SlotReader(Protocol):
     @property
-    def layout(self) -> KvLayout: ...
+    def layout(self) -> PoolLayout: ...
 
     @property
     def slot_bytes(self) -> int: ...

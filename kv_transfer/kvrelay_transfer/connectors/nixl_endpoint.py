@@ -10,8 +10,8 @@ from msgspec import Struct
 from kvrelay_core.errors import TransferError
 from kvrelay_transfer.connectors.base import PeerInfo
 from kvrelay_transfer.connectors.nixl_agent import MemorySpan
+from kvrelay_transfer.embedding_layout import PoolLayout
 from kvrelay_transfer.fence import WORD_BYTES
-from kvrelay_transfer.layout import KvLayout
 
 MAX_ENDPOINT_BYTES = 256 << 10  # a host with 8 network cards needs a few thousand
 MAX_BLOCKS = 1 << 31
@@ -42,7 +42,7 @@ def digest_of(metadata: bytes) -> bytes:
     return hashlib.blake2b(metadata, digest_size=16).digest()
 
 
-def decode_endpoint(encoded: bytes, peer: PeerInfo, layout: KvLayout) -> NixlEndpoint:
+def decode_endpoint(encoded: bytes, peer: PeerInfo, layout: PoolLayout) -> NixlEndpoint:
     """`layout` is our own. Raises TransferError unless the endpoint is whole, of this start of the peer, and fits."""
     whose = f"the nixl endpoint of {peer.peer_id}"
     if len(encoded) > MAX_ENDPOINT_BYTES:

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Struct
 
 from kvrelay_core.request import ErrorInfo
-from kvrelay_transfer.ticket import KvTicket
+from kvrelay_transfer.ticket import Ticket
 
 TO_SOURCE, TO_READER, CHUNK = 1, 2, 3
 _ID_BITS, _INDEX_BITS = 44, 16
@@ -39,7 +39,7 @@ class ReadRequest(Struct, frozen=True, array_like=True, tag="read"):
 
     read_id: int
     reader_address: bytes
-    ticket: KvTicket
+    ticket: Ticket
     group: int
     blocks: tuple[int, ...]
     chunk_blocks: int

@@ -160,4 +160,7 @@ def test_a_connector_that_cannot_slice_is_passed_over_for_a_peer_with_other_bloc
         return
     assert isinstance(event, PeerFailed) and event.error.reason == "TransferError"
     assert "whole: moves whole blocks only" in event.error.message
-    assert "the source have 16 tokens of 2 KV heads, ours 4 of 2: use one --block-tokens" in event.error.message
+    assert (
+        "the source have 16 tokens of 2 KV heads, ours 4 tokens of 2 KV heads: use one --block-tokens"
+        in event.error.message
+    )

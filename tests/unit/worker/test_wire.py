@@ -18,6 +18,7 @@ from kvrelay_engine.load_messages import ConnectorLoad, LinkLoad, Load, ReadCoun
 from kvrelay_engine.messages import ReleaseReason
 from kvrelay_transfer.ticket import GroupBlocks, KvTicket, LeaseTerms, TicketSigner
 from kvrelay_worker import wire
+from kvrelay_worker.embedding_wire import peer_from_wire
 
 WORDS = st.lists(st.tuples(st.integers(1, 2**32 - 1), st.integers(0, 2**64 - 1)), min_size=1, max_size=5)
 
@@ -91,11 +92,11 @@ def test_a_peer_is_named_by_the_address_that_was_dialled() -> None:
         offers=[kv_source_pb2.ConnectorOffer(name="shm", endpoint=b"x")],
         layouts=[wire.layout_to_wire(LAYOUT)],
     )
-    peer = wire.peer_from_wire("127.0.0.1:1", response)
+    peer = peer_from_wire("127.0.0.1:1", response)
     assert (peer.peer_id, peer.layout, peer.offers[0].name) == ("127.0.0.1:1", LAYOUT, "shm")
     response.layouts.add()
     with pytest.raises(InvalidRequestError, match="2 KV groups"):
-        wire.peer_from_wire("127.0.0.1:1", response)
+        peer_from_wire("127.0.0.1:1", response)
 
 
 def test_release_reasons_and_errors_round_trip() -> None:

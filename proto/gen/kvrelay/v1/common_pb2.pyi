@@ -689,6 +689,33 @@ class KvLayout(_message.Message):
 Global___KvLayout: _TypeAlias = KvLayout  # noqa: Y015
 
 @_typing.final
+class EmbeddingLayout(_message.Message):
+    """Shape of a pool of embeddings: blocks of [block_tokens, hidden_size] elements."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DTYPE_FIELD_NUMBER: _builtins.int
+    HIDDEN_SIZE_FIELD_NUMBER: _builtins.int
+    BLOCK_TOKENS_FIELD_NUMBER: _builtins.int
+    dtype: _builtins.str
+    hidden_size: _builtins.int
+    block_tokens: _builtins.int
+    def __init__(
+        self,
+        *,
+        dtype: _builtins.str = ...,
+        hidden_size: _builtins.int = ...,
+        block_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "dtype", b"dtype", "hidden_size", b"hidden_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EmbeddingLayout: _TypeAlias = EmbeddingLayout  # noqa: Y015
+
+@_typing.final
 class GroupBlocks(_message.Message):
     """Blocks of one KV group, in token order. words[i] is the fence word of blocks[i]."""
 
@@ -858,6 +885,7 @@ class EmbeddingTicket(_message.Message):
     BLOCKS_FIELD_NUMBER: _builtins.int
     LEASE_FIELD_NUMBER: _builtins.int
     HMAC_FIELD_NUMBER: _builtins.int
+    BLOCK_TOKENS_FIELD_NUMBER: _builtins.int
     ticket_id: _builtins.str
     engine_epoch: _builtins.bytes
     content_hash: _builtins.bytes
@@ -866,6 +894,7 @@ class EmbeddingTicket(_message.Message):
     hidden_size: _builtins.int
     dtype: _builtins.str
     hmac: _builtins.bytes
+    block_tokens: _builtins.int
     @_builtins.property
     def source(self) -> Global___WorkerRef: ...
     @_builtins.property
@@ -886,10 +915,11 @@ class EmbeddingTicket(_message.Message):
         blocks: Global___GroupBlocks | None = ...,
         lease: Global___LeaseTerms | None = ...,
         hmac: _builtins.bytes = ...,
+        block_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "lease", b"lease", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "content_hash", b"content_hash", "dtype", b"dtype", "encoder_fingerprint", b"encoder_fingerprint", "engine_epoch", b"engine_epoch", "hidden_size", b"hidden_size", "hmac", b"hmac", "lease", b"lease", "num_tokens", b"num_tokens", "source", b"source", "ticket_id", b"ticket_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "blocks", b"blocks", "content_hash", b"content_hash", "dtype", b"dtype", "encoder_fingerprint", b"encoder_fingerprint", "engine_epoch", b"engine_epoch", "hidden_size", b"hidden_size", "hmac", b"hmac", "lease", b"lease", "num_tokens", b"num_tokens", "source", b"source", "ticket_id", b"ticket_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

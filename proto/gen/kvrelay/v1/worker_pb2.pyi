@@ -72,6 +72,7 @@ class DescribeResponse(_message.Message):
     SOFTWARE_VERSION_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     DECODE_ALONE_TOKENS_FIELD_NUMBER: _builtins.int
+    EMBEDDING_LAYOUTS_FIELD_NUMBER: _builtins.int
     role: Global___Role.ValueType
     engine_epoch: _builtins.bytes
     model_fingerprint: _builtins.bytes
@@ -90,6 +91,10 @@ class DescribeResponse(_message.Message):
     def layouts(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.KvLayout]: ...
     @_builtins.property
     def connectors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def embedding_layouts(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.EmbeddingLayout]:
+        """Of an encoder, instead of `layouts`."""
+
     def __init__(
         self,
         *,
@@ -107,10 +112,11 @@ class DescribeResponse(_message.Message):
         software_version: _builtins.str = ...,
         device: _builtins.str = ...,
         decode_alone_tokens: _builtins.int = ...,
+        embedding_layouts: _abc.Iterable[_common_pb2.EmbeddingLayout] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["connectors", b"connectors", "decode_alone_tokens", b"decode_alone_tokens", "device", b"device", "engine_epoch", b"engine_epoch", "layouts", b"layouts", "max_batched_tokens", b"max_batched_tokens", "max_model_len", b"max_model_len", "max_num_seqs", b"max_num_seqs", "model_fingerprint", b"model_fingerprint", "num_blocks", b"num_blocks", "role", b"role", "software_version", b"software_version", "vocab_size", b"vocab_size", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["connectors", b"connectors", "decode_alone_tokens", b"decode_alone_tokens", "device", b"device", "embedding_layouts", b"embedding_layouts", "engine_epoch", b"engine_epoch", "layouts", b"layouts", "max_batched_tokens", b"max_batched_tokens", "max_model_len", b"max_model_len", "max_num_seqs", b"max_num_seqs", "model_fingerprint", b"model_fingerprint", "num_blocks", b"num_blocks", "role", b"role", "software_version", b"software_version", "vocab_size", b"vocab_size", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
