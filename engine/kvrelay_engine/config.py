@@ -27,7 +27,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     and exits when the service's end goes away.
     """
 
-    role: Literal["prefill", "decode"]
+    role: Literal["prefill", "decode", "encoder"]
     model: str  # a local directory or a hub id
     worker_id: str
     address: str  # host:port of the worker's gRPC server, as its peers dial it
@@ -60,12 +60,24 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     lease: LeaseTerms = LeaseTerms()
     staging_slots: int = 8  # of the ring between this process and its service
 
+    # In host memory: an encoder's cache of embeddings; a prefill worker's pool to read them into, where its model takes
+    # images.
+    embedding_bytes: int = 256 << 20
+    max_patches: int | None = None  # that an encoder computes in one step; an image of more is computed alone
+
     @property
     def tokens_per_step(self) -> int:
         """At most: `max_batched_tokens`, or what fills the device. A slow one gets fewer (`step_budget.py`)."""
         if self.max_batched_tokens is not None:
             return self.max_batched_tokens
         return max(self.max_num_seqs, 512 if self.device == "cpu" else 8192)
+
+    @property
+    def patches_per_step(self) -> int:
+        """`max_patches`, or what fills the device."""
+        if self.max_patches is not None:
+            return self.max_patches
+        return 4096 if self.device == "cpu" else 65536
 
     def validate(self) -> None:
         """Raises ConfigError that names the field and what to change."""
@@ -90,7 +102,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             value = getattr(self, name)
             if value < 1 or value & (value - 1):
                 raise ConfigError(f"{name} must be a power of two, not {value}", field=name)
-        for name in ("num_threads", "max_num_seqs", "staging_slots"):
+        for name in ("num_threads", "max_num_seqs", "staging_slots", "embedding_bytes", "patches_per_step"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}", field=name)
         for name in ("decode_alone_tokens", "recompute_tokens"):

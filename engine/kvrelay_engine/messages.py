@@ -21,6 +21,7 @@ from kvrelay_core.request import (
     TokenLogprobs,
     Usage,
 )
+from kvrelay_engine.encoder_messages import EncodeItem, ItemEncoded
 from kvrelay_engine.load_messages import Load as Load
 from kvrelay_engine.message_kinds import Command as Command
 from kvrelay_engine.message_kinds import Event as Event
@@ -181,7 +182,7 @@ class Shutdown(Command, frozen=True):
 EngineCommand = (
     Prefill | Decode | Abort | Resume | HandoffReady | HandoffComplete | HandoffFailed | FollowAttach | FollowBeat
     | FollowLost | FollowRelease | ReleaseTicket | PrefillStreamClosed | ConnectPeer | DisconnectPeer | Export
-    | FetchedPiece | FetchEnded | LookupPrefix | PrefixFound | GetLoad | Drain | Shutdown
+    | FetchedPiece | FetchEnded | LookupPrefix | PrefixFound | EncodeItem | GetLoad | Drain | Shutdown
 )  # fmt: skip
 
 # --------------------------------------------------------------------------------------------- events
@@ -386,5 +387,5 @@ EngineEvent = (
     Started | StartFailed | Queued | Accepted | PrefillFinished | RequestFailed | HandoffDone | HandoffLost
     | HandedBack | HandoffRelease | StepTokens | ChoiceFinished | FollowAttached | FollowReady | FollowComplete
     | FollowFailed | Released | PeerConnected | PeerFailed | Fetch | FetchAbort | Exported | PrefixTicket
-    | PrefixWanted | PrefixPulled | SlotFree | Beat | LoadReply
+    | PrefixWanted | PrefixPulled | ItemEncoded | SlotFree | Beat | LoadReply
 )  # fmt: skip

@@ -18,7 +18,7 @@ from kvrelay_engine.config import EngineConfig
 class WorkerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`engine` is a template: the worker fills in role, worker_id, address, endpoints and run_dir itself."""
 
-    role: Literal["prefill", "decode"]
+    role: Literal["prefill", "decode", "encoder"]
     worker_id: str
     engine: EngineConfig
     run_dir: str  # for sockets and the engine's configuration file; private to the user

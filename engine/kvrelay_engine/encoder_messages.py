@@ -1,0 +1,24 @@
+"""What an encoder's service and its engine say to each other beyond what every worker's do: see `messages.py`."""
+
+from __future__ import annotations
+
+from kvrelay_core.request import ErrorInfo
+from kvrelay_engine.message_kinds import Command, Event
+from kvrelay_transfer.ticket import EmbeddingTicket
+
+
+class EncodeItem(Command, frozen=True):
+    """Make the embedding of a media item, unless it is here. Answered by ItemEncoded, or ended by Abort."""
+
+    id: int
+    content_hash: bytes  # of `data`
+    data: bytes  # as the client sent them
+
+
+class ItemEncoded(Event, frozen=True):
+    """Either of the two is set. The ticket's lease runs from now on."""
+
+    id: int
+    ticket: EmbeddingTicket | None = None
+    was_cached: bool = False
+    error: ErrorInfo | None = None
