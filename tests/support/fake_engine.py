@@ -13,6 +13,7 @@ from kvrelay_core.errors import WorkerLostError
 from kvrelay_engine import messages
 from kvrelay_engine.config import EngineConfig
 from kvrelay_transfer.connectors.base import ConnectorOffer
+from kvrelay_transfer.embedding_layout import PoolLayout
 from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.staging_slots import StagingSlots
 from kvrelay_worker.engine_link import EngineLink
@@ -24,7 +25,7 @@ WAIT_S = 5.0
 
 
 class FakeEngine(EngineLink):
-    def __init__(self, *, epoch: bytes = b"e" * 16, layout: KvLayout = LAYOUT, num_slots: int = 4) -> None:
+    def __init__(self, *, epoch: bytes = b"e" * 16, layout: PoolLayout = LAYOUT, num_slots: int = 4) -> None:
         """Each staging slot holds two blocks."""
         super().__init__()
         self.epoch = epoch

@@ -16,6 +16,7 @@ from kvrelay_core.clock import ManualClock
 from kvrelay_core.request import AttemptId
 from kvrelay_core.rpc.channel import open_channel
 from kvrelay_engine.config import EngineConfig
+from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.ticket import GroupBlocks, KvTicket, LeaseTerms
 from kvrelay_worker.config import WorkerConfig
 from kvrelay_worker.server import Role, WorkerServer
@@ -47,6 +48,7 @@ def make_config(role: str, **changes: Any) -> WorkerConfig:
 
 
 def make_ticket(engine: FakeEngine, address: str, num_blocks: int = 3, attempt: int = 1) -> KvTicket:
+    assert isinstance(engine.layout, KvLayout)
     return KvTicket(
         ticket_id="t1",
         source_id="prefill-0",
@@ -116,7 +118,8 @@ async def running_worker(
 
     engine = engine or FakeEngine()
     clock = ManualClock()
-    name = "decode" if "Decode" in getattr(role_type, "__name__", "") else "prefill"
+    named = getattr(role_type, "__name__", "")
+    name = next((role for role in ("decode", "encoder") if role.capitalize() in named), "prefill")
     server = WorkerServer(make_config(name, **changes), build, engine, clock)
     address = await server.start()
     channel = open_channel(address, server.worker.config.tls)
