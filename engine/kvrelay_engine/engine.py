@@ -4,9 +4,8 @@
 
 A Prefill computes its prompt in chunks and ends with the first token of each choice; with a hand-off its blocks
 are pinned by a ticket from its first chunk on. A Decode gets its KV by a hand-off, or computes it here, and then
-grows by a token each step. Both are the same program: role only says which commands the service sends.
-
-Synchronous and single-threaded; every wait is somebody else's (`loop.py`). Knows no sockets, files or devices.
+grows by a token each step. Synchronous and single-threaded; every wait is somebody else's (`loop.py`). Knows no
+sockets, files or devices.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from kvrelay_engine import messages
 from kvrelay_engine.branching import branch, tokens_to_branch_with
 from kvrelay_engine.config import EngineConfig
 from kvrelay_engine.deadlines import Deadlines
+from kvrelay_engine.embeddings.reader import EmbeddingsLost
 from kvrelay_engine.engine_load import EngineLoad
 from kvrelay_engine.engine_parts import EngineParts
 from kvrelay_engine.failed_steps import FailedSteps
@@ -71,7 +71,7 @@ class Engine:
         )  # fmt: skip
         self.scheduler = Scheduler(
             config, parts.pool, parts.layout, self._cache, self._throughput, parts.clock, self.source.can_accept,
-            self._give_up_handoff, lambda: self.remote_kv.num_quarantined,
+            self._give_up_handoff, lambda: self.remote_kv.num_quarantined, parts.media,
         )  # fmt: skip
         self.remote_kv = RemoteKv(config, parts, self._cache, self._throughput, self.scheduler)
         limits = EngineLimits.of(config, parts, self.source.max_pinned_blocks)
@@ -116,7 +116,7 @@ class Engine:
         self._num_steps += 1
         for row in batch.rows:
             row.sequence.last_step = self._num_steps
-        logits_RV = self._runner.run([row.for_runner() for row in batch.rows])
+        logits_RV = self._runner.run(self.remote_kv.media.lay_out(batch.rows))
         plan = plan_draws(batch)
         drawn = plan.collect(self._sampler.sample(logits_RV, plan.rows) if plan.rows else [])
         self._synchronize()
@@ -327,6 +327,8 @@ class Engine:
                     self._lose(self._requests[request_id], outcome)
                 case PullEnded(sequence):
                     self._queue(sequence.request)
+                case EmbeddingsLost(request_id, error):
+                    self._fail(self._requests[request_id], error)
 
     def _arrive(self, request: EngineRequest, arrived: HandoffArrived) -> None:
         try:
@@ -393,6 +395,7 @@ class Engine:
 
     def _forget(self, request: EngineRequest) -> None:
         del self._requests[request.id]
+        self.remote_kv.media.forget(request.id)
         self._lost.pop(request.id, None)
         for sequence in request.sequences:
             self.scheduler.remove(sequence)

@@ -35,6 +35,7 @@ class EngineLoad:
             blocks_quarantined=self._remote_kv.num_quarantined,
             leases=self._source.num_leases,
             transfers=self._remote_kv.num_transfers,
+            embedding_blocks=self._remote_kv.media.num_blocks_in_use,
             steps=num_steps,
             handoff_bytes=self._remote_kv.reader.handoff_bytes,
             handoff_s=self._remote_kv.reader.handoff_s,
@@ -61,6 +62,7 @@ class EngineLoad:
     def check_integrity(self) -> None:
         """Asserts that every block is in one state and that nobody holds a block that is not accounted for."""
         self._pool.check_integrity()
+        self._remote_kv.media.check_integrity()
         scheduler = self._scheduler
         assert not any(sequence.blocks for sequence in scheduler.waiting), "a waiting sequence holds blocks"
         held = Counter(block for sequence in scheduler.running for block in sequence.blocks)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvrelay_core.clock import Clock
 from kvrelay_engine.block_pool import BlockPool
 from kvrelay_engine.engine_identity import EngineIdentity
+from kvrelay_engine.engine_media import EngineMedia
 from kvrelay_engine.handoff_source import SlotWriter
 from kvrelay_engine.messages import Event
 from kvrelay_engine.runner import Runner
@@ -31,4 +32,5 @@ class EngineParts:
     emit: Callable[[Event], None]
     staging: SlotWriter | None = None
     device: str = "cpu"  # the kind that the pool is on
+    media: EngineMedia = field(default_factory=EngineMedia)
     synchronize: Callable[[], None] = lambda: None

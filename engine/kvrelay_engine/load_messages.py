@@ -52,6 +52,7 @@ class Load(Struct, frozen=True, kw_only=True):
     blocks_quarantined: int = 0
     leases: int = 0
     transfers: int = 0
+    embedding_blocks: int = 0  # of prefill's pool of embeddings, held by requests
     steps: int = 0
     handoff_bytes: int = 0
     handoff_s: float = 0.0

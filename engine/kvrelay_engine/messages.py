@@ -21,6 +21,7 @@ from kvrelay_core.request import (
     TokenLogprobs,
     Usage,
 )
+from kvrelay_engine.embedding_messages import EmbeddingRelease, EmbeddingSourceFailed
 from kvrelay_engine.encoder_messages import EncodeItem, ItemEncoded
 from kvrelay_engine.load_messages import Load as Load
 from kvrelay_engine.message_kinds import Command as Command
@@ -28,7 +29,7 @@ from kvrelay_engine.message_kinds import Event as Event
 from kvrelay_engine.prefix_messages import LookupPrefix, PrefixFound, PrefixPulled, PrefixTicket, PrefixWanted
 from kvrelay_transfer.connectors.base import ConnectorOffer, PeerInfo
 from kvrelay_transfer.embedding_layout import EmbeddingLayout, PoolLayout
-from kvrelay_transfer.ticket import GroupBlocks, KvTicket, LeaseTerms, Ticket
+from kvrelay_transfer.ticket import EmbeddingTicket, GroupBlocks, KvTicket, LeaseTerms, Ticket
 
 
 class ReleaseReason(StrEnum):
@@ -49,6 +50,7 @@ class Prefill(Command, frozen=True):
     generation: Generation
     handoff: bool  # False: no ticket, the KV stays only as prefix cache
     hint: PrefixHint | None = None  # where the beginning may be pulled from
+    embeddings: tuple[EmbeddingTicket, ...] = ()  # one for each item of `generation.media`
 
 
 class Decode(Command, frozen=True):
@@ -182,7 +184,8 @@ class Shutdown(Command, frozen=True):
 EngineCommand = (
     Prefill | Decode | Abort | Resume | HandoffReady | HandoffComplete | HandoffFailed | FollowAttach | FollowBeat
     | FollowLost | FollowRelease | ReleaseTicket | PrefillStreamClosed | ConnectPeer | DisconnectPeer | Export
-    | FetchedPiece | FetchEnded | LookupPrefix | PrefixFound | EncodeItem | GetLoad | Drain | Shutdown
+    | FetchedPiece | FetchEnded | LookupPrefix | PrefixFound | EncodeItem | EmbeddingSourceFailed | GetLoad
+    | Drain | Shutdown
 )  # fmt: skip
 
 # --------------------------------------------------------------------------------------------- events
@@ -387,5 +390,5 @@ EngineEvent = (
     Started | StartFailed | Queued | Accepted | PrefillFinished | RequestFailed | HandoffDone | HandoffLost
     | HandedBack | HandoffRelease | StepTokens | ChoiceFinished | FollowAttached | FollowReady | FollowComplete
     | FollowFailed | Released | PeerConnected | PeerFailed | Fetch | FetchAbort | Exported | PrefixTicket
-    | PrefixWanted | PrefixPulled | ItemEncoded | SlotFree | Beat | LoadReply
+    | PrefixWanted | PrefixPulled | ItemEncoded | EmbeddingRelease | SlotFree | Beat | LoadReply
 )  # fmt: skip

@@ -1,9 +1,9 @@
-"""KV that comes here from other engines, under one front: hand-offs by ticket, and prefixes by hint.
+"""What comes here from other engines, under one front: hand-offs by ticket, prefixes by hint, embeddings.
 
-    begin    whether a request has to wait for KV from elsewhere before it is scheduled
+    begin    whether a request has to wait for KV from elsewhere before it is scheduled; for embeddings it does not
     poll     what has come, was lost, or is not waited for any longer
 
-The two differ in what a loss means: a lost hand-off goes back to the router, a lost prefix is computed.
+They differ in what a loss means: a lost hand-off or embedding goes back to the router, a lost prefix is computed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvrelay_engine.config import EngineConfig
+from kvrelay_engine.embeddings.reader import EmbeddingsLost
 from kvrelay_engine.engine_parts import EngineParts
 from kvrelay_engine.handoff_reader import HandoffArrived, HandoffBroken, HandoffReader, ReaderLimits
 from kvrelay_engine.message_kinds import Command
@@ -40,6 +41,9 @@ class RemoteKv:
         scheduler: Scheduler,
     ) -> None:
         fingerprint = parts.identity.model_fingerprint
+        self._cache = cache
+        self._block_tokens = parts.layout.block_tokens
+        self.media = parts.media
         self.reader = HandoffReader(
             parts.pool, parts.layout, parts.connectors, parts.clock, parts.emit, scheduler.reserve_remote,
             model_fingerprint=fingerprint, limits=ReaderLimits(reserve_budget_s=config.reserve_budget_s),
@@ -51,7 +55,10 @@ class RemoteKv:
         )  # fmt: skip
 
     def begin(self, request: EngineRequest, command: Prefill | Decode) -> bool:
-        """Raises MismatchError when the command's ticket is not for its tokens, this model or this layout."""
+        """Raises MismatchError when the command's tickets are not for its tokens, this model or this layout; and as
+        `EngineMedia.begin`."""
+        num_cached = len(self._cache.match(request.trunk)) * self._block_tokens if request.generation.media else 0
+        self.media.begin(request, command, num_cached)
         if isinstance(command, Decode) and command.ticket is not None:
             self.reader.open(request.trunk, command.ticket)
             return True
@@ -60,12 +67,15 @@ class RemoteKv:
     def handle(self, command: Command) -> None:
         if isinstance(command, PrefixFound):
             self.pulls.found(command)
+        elif self.media.takes(command):
+            self.media.handle(command)
         else:
+            self.media.handle(command)
             self.reader.handle(command)
 
-    def poll(self) -> list[HandoffArrived | HandoffBroken | PullEnded]:
+    def poll(self) -> list[HandoffArrived | HandoffBroken | PullEnded | EmbeddingsLost]:
         """Never blocks."""
-        return [*self.reader.poll(), *map(PullEnded, self.pulls.poll())]
+        return [*self.reader.poll(), *map(PullEnded, self.pulls.poll()), *self.media.poll()]
 
     def abort(self, request_id: int, reason: ReleaseReason = ReleaseReason.CANCELLED) -> None:
         """Gives up what the request waits for, and all blocks of it. Idempotent."""
@@ -74,16 +84,17 @@ class RemoteKv:
 
     def close(self) -> None:
         self.reader.close()
+        self.media.close()
 
     @property
     def is_busy(self) -> bool:
         """Something progresses by itself: poll often."""
-        return self.reader.is_busy or self.pulls.is_busy
+        return self.reader.is_busy or self.pulls.is_busy or self.media.is_busy
 
     @property
     def num_transfers(self) -> int:
         """Reads that are not terminal, quarantined ones included."""
-        return self.reader.num_transfers + self.pulls.num_transfers
+        return self.reader.num_transfers + self.pulls.num_transfers + self.media.num_transfers
 
     @property
     def num_quarantined(self) -> int:

@@ -24,6 +24,7 @@ from typing import Protocol
 from kvrelay_core.clock import Clock
 from kvrelay_engine.block_pool import BlockPool
 from kvrelay_engine.config import EngineConfig
+from kvrelay_engine.engine_media import EngineMedia
 from kvrelay_engine.prefix_cache import PrefixCache
 from kvrelay_engine.runner import BatchRow
 from kvrelay_engine.sequence import EngineRequest, Sequence, SequenceState
@@ -82,6 +83,7 @@ class Scheduler:
         can_pin: CanPin,
         give_up_handoff: Callable[[Sequence], None],
         num_returning: Callable[[], int],
+        media: EngineMedia | None = None,
     ) -> None:
         """`give_up_handoff` makes the reader free the blocks of a remote sequence; those under a read are then
         among the `num_returning` blocks that come back by themselves, soon."""
@@ -94,6 +96,7 @@ class Scheduler:
         self._can_pin = can_pin
         self._give_up_handoff = give_up_handoff
         self._num_returning = num_returning
+        self._media = media or EngineMedia()
         self._step_budget = StepBudget(config.tokens_per_step, config.step_target_s)
         # Dicts as ordered sets.
         self.waiting: dict[Sequence, None] = {}
@@ -165,7 +168,8 @@ class Scheduler:
         return sorted(self.running, key=lambda sequence: (sequence.num_uncomputed > 1, self._urgency(sequence)))
 
     def _continue(self, sequence: Sequence, batch: Batch) -> None:
-        num_tokens = min(sequence.num_uncomputed, batch.budget)
+        is_alone = not any(row.num_tokens > 1 for row in batch.rows)
+        num_tokens = self._media.clip(sequence, min(sequence.num_uncomputed, batch.budget), may_overrun=is_alone)
         if num_tokens and self._grow(sequence, num_tokens, batch):
             self._add_row(sequence, num_tokens, batch)
 
@@ -189,7 +193,7 @@ class Scheduler:
     def _add_row(self, sequence: Sequence, num_tokens: int, batch: Batch) -> None:
         words = self._cache.words_to_fill(sequence, num_tokens)
         batch.rows.append(ScheduledRow(sequence, num_tokens, num_tokens == sequence.num_uncomputed, words))
-        batch.budget -= num_tokens
+        batch.budget = max(0, batch.budget - num_tokens)  # an image is kept whole
 
     # ------------------------------------------------------------------------------------- newcomers
 
@@ -201,7 +205,13 @@ class Scheduler:
         for sequence in sorted(self.waiting, key=self._urgency):
             if not batch.budget or self._seats_taken() + sequence.num_seats > self._config.max_num_seqs:
                 return
-            hits = self._cache.match(sequence)
+            hits = self._hits(sequence)
+            num_cached = len(hits) * self._layout.block_tokens
+            if not self._media.can_compute(sequence, num_cached):
+                self._hand_back(sequence.request, batch)
+                continue
+            if not self._media.may_start(sequence, num_cached):
+                continue  # it waits for room of another kind, in an order of its own
             needed = self._layout.blocks_for(len(sequence.tokens)) - len(hits)
             if sequence.request.handoff and not self._can_pin(needed, to_pin.union(hits)):
                 return
@@ -211,6 +221,12 @@ class Scheduler:
                 to_pin.update(sequence.blocks)
             batch.admitted.append(sequence)
             self._continue(sequence, batch)
+
+    def _hits(self, sequence: Sequence) -> list[int]:
+        """Cached blocks that hold the sequence's first tokens, as far as its images allow."""
+        hits, block_tokens = self._cache.match(sequence), self._layout.block_tokens
+        usable = self._media.usable_prefix(sequence, len(hits) * block_tokens, self._layout.hit_tokens)
+        return hits[: usable // block_tokens]
 
     def _take_place(self, sequence: Sequence, hits: list[int], needed: int) -> bool:
         """The cached blocks and the others that it needs; or nothing."""
@@ -277,22 +293,27 @@ class Scheduler:
         batch.crowded_out.append(victim.request)
 
     def _preempt(self, victim: Sequence, batch: Batch) -> None:
-        if self._may_recompute(len(victim.tokens)):
+        if self._media.can_compute(victim, 0) and self._may_recompute(len(victim.tokens)):
             self._leave(victim)
             self.free(victim)
             victim.num_recomputes += 1
             self.add(victim)
             return
-        batch.drop(victim.request)
-        for sequence in victim.request.sequences:
+        self._hand_back(victim.request, batch)
+
+    def _hand_back(self, request: EngineRequest, batch: Batch) -> None:
+        batch.drop(request)
+        for sequence in request.sequences:
             self.remove(sequence)
-        batch.handed_back.append(victim.request)
+        batch.handed_back.append(request)
 
     def add_recompute(self, sequence: Sequence) -> bool:
         """Adds a trunk whose hand-off was lost; False, and nothing is added, where too much of it is missing here."""
         choices = sequence.request.pending_choices
         num_in_branches = sum(len(choice.committed) for choice in choices) if len(choices) > 1 else 0
-        num_cached = len(self._cache.match(sequence)) * self._layout.block_tokens
+        num_cached = len(self._hits(sequence)) * self._layout.block_tokens
+        if not self._media.can_compute(sequence, num_cached):
+            return False
         if not self._may_recompute(len(sequence.tokens) - num_cached + num_in_branches):
             return False
         sequence.num_recomputes += 1

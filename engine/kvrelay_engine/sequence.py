@@ -12,6 +12,7 @@ from math import inf
 
 from kvrelay_core.hashing import hash_units
 from kvrelay_core.media.hash_keys import media_keys
+from kvrelay_core.media.mrope import MropePositions
 from kvrelay_core.request import AttemptId, ChoiceState, FinishReason, Generation, MediaReference
 from kvrelay_engine.logit_adjustments import PromptTokens
 from kvrelay_transfer.layout import KvLayout, block_keys
@@ -113,6 +114,7 @@ class EngineRequest:
     deadline_at_s: float | None = None
     first_token_by_s: float | None = None  # promised; unlike a deadline, it may be missed
     first_scheduled_s: float | None = None
+    positions: MropePositions | None = None  # of a prompt with images, where the model gives tokens three of them
     prompt_tokens: PromptTokens = field(init=False)
     sequences: list[Sequence] = field(default_factory=list)
     pending_choices: tuple[ChoiceState, ...] = ()  # that the trunk has yet to branch into; () afterwards

@@ -19,6 +19,7 @@ from kvrelay_engine.block_pool import BlockPool
 from kvrelay_engine.config import EngineConfig
 from kvrelay_engine.engine import Engine
 from kvrelay_engine.engine_identity import EngineIdentity
+from kvrelay_engine.engine_media import EngineMedia
 from kvrelay_engine.engine_parts import EngineParts
 from kvrelay_transfer.connectors.base import PeerInfo
 from kvrelay_transfer.connectors.memory import MemoryConnector, MemoryFabric
@@ -82,6 +83,7 @@ class EngineRig:
         clock: ManualClock | None = None,
         fabric: MemoryFabric | None = None,
         max_model_len: int = 4096,
+        media: EngineMedia | None = None,
         **changes: Any,
     ) -> None:
         config = make_config(role, **changes)
@@ -106,6 +108,7 @@ class EngineRig:
                 connectors={"memory": self.connector},
                 clock=self.clock,
                 emit=self.events.append,
+                media=media or EngineMedia(),
             ),
         )
         self.peer = PeerInfo(config.address, epoch, FINGERPRINT, layout, (self.connector.offer(),))
@@ -192,7 +195,7 @@ class EngineRig:
         self.memory.close()
 
 
-HELD_WHEN_BUSY = ("blocks_in_use", "blocks_pinned", "blocks_quarantined", "leases", "transfers")
+HELD_WHEN_BUSY = ("blocks_in_use", "embedding_blocks", "blocks_pinned", "blocks_quarantined", "leases", "transfers")
 
 
 class EnginePair:

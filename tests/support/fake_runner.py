@@ -1,7 +1,8 @@
 """A runner whose answers can be computed by hand, and which notices every wrong block.
 
-A token's "KV" is its id (as key) and its position (as value). The next token is a function of the whole context
-as it is read back *through the block table*, so a block that is wrong, stale or misplaced changes the answer.
+A token's "KV" is its id, or for a media token the first number of its embedding (as key), and its position (as
+value). The next token is a function of the whole context as it is read back *through the block table*, so a block that
+is wrong, stale or misplaced changes the answer.
 """
 
 from __future__ import annotations
@@ -71,6 +72,9 @@ class FakeRunner:
             block, offset = row.block_table[position // block_tokens], position % block_tokens
             self._keys_BT[block, offset] = token
             self._values_BT[block, offset] = position
+        for media in row.media:
+            for index, value in enumerate(media.rows[:, 0], row.start + media.first):
+                self._keys_BT[row.block_table[index // block_tokens], index % block_tokens] = value
 
     def _logits(self, row: BatchRow) -> torch.Tensor:
         """The next token has the highest logit, the ones after it (cyclically) ever lower ones."""
