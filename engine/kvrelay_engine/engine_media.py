@@ -155,6 +155,11 @@ class EngineMedia:
             self.reader.close()
 
     @property
+    def layout(self) -> EmbeddingLayout | None:
+        """Of the pool that embeddings are read into."""
+        return None if self.reader is None else self.reader.cache.layout
+
+    @property
     def is_busy(self) -> bool:
         return self.reader is not None and self.reader.is_busy
 

@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 
 from kvrelay_core.clock import MonotonicClock
@@ -20,7 +21,7 @@ from kvrelay_core.error_info import info_of
 from kvrelay_core.errors import ConfigError, InternalError, KvRelayError, WorkerLostError
 from kvrelay_core.parent_death import parent_death_tie
 from kvrelay_engine.config import EngineConfig, load_config
-from kvrelay_engine.messages import StartFailed
+from kvrelay_engine.messages import Started, StartFailed
 from kvrelay_engine.service_link import ServiceLink
 
 logger = logging.getLogger(__name__)
@@ -48,14 +49,26 @@ def main(arguments: list[str] | None = None) -> int:
         return _serve(config, link, stack)
 
 
-def _serve(config: EngineConfig, link: ServiceLink, stack: ExitStack) -> int:
+def _build(config: EngineConfig, link: ServiceLink, stack: ExitStack) -> tuple[Started, Callable[[], None]]:
+    """What the engine says of itself, and its loop."""
+    clock = MonotonicClock()
     # Imports torch; only now, so that wrong flags are told at once.
+    if config.role == "encoder":
+        from kvrelay_engine.encoder.loop import EncoderLoop
+        from kvrelay_engine.encoder.startup import build_encoder
+
+        encoder = build_encoder(config, clock, link.emit, stack)
+        return encoder.started, EncoderLoop(encoder.engine, link, clock).run
     from kvrelay_engine.loop import EngineLoop
     from kvrelay_engine.startup import build_engine
 
-    clock = MonotonicClock()
+    built = build_engine(config, clock, link.emit, stack)
+    return built.started, EngineLoop(built.engine, link, clock).run
+
+
+def _serve(config: EngineConfig, link: ServiceLink, stack: ExitStack) -> int:
     try:
-        built = build_engine(config, clock, link.emit, stack)
+        started, run = _build(config, link, stack)
     except KvRelayError as error:
         logger.error("the engine did not start: %s", error)
         link.emit(StartFailed(info_of(error)))
@@ -66,9 +79,9 @@ def _serve(config: EngineConfig, link: ServiceLink, stack: ExitStack) -> int:
         return 1
     gc.collect()
     gc.freeze()  # the model's modules are no garbage: do not look at them again
-    link.emit(built.started)
+    link.emit(started)
     try:
-        EngineLoop(built.engine, link, clock).run()
+        run()
     except WorkerLostError as error:
         logger.warning("%s; the engine exits", error)
         return 3

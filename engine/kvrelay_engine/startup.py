@@ -23,6 +23,7 @@ from kvrelay_engine.engine_identity import EngineIdentity
 from kvrelay_engine.engine_parts import EngineParts
 from kvrelay_engine.handoff_fetches import EmittedFetches
 from kvrelay_engine.loader import LoadedModel, load_model
+from kvrelay_engine.media_startup import build_media
 from kvrelay_engine.messages import Event, Started
 from kvrelay_engine.model_runner import ModelRunner
 from kvrelay_engine.models.layers.linear import linear_for_prompts, linear_for_tokens
@@ -71,6 +72,7 @@ def build_engine(config: EngineConfig, clock: Clock, emit: Callable[[Event], Non
     staging = BlockStaging(memory, slots)
     stack.callback(staging.close)
     connectors = _connect(config, memory, staging, clock, emit, stack)
+    media = build_media(config, loaded, slots, clock, emit, stack)
     parts = EngineParts(
         runner=ModelRunner(loaded, memory.tensor, layout),
         pool=BlockPool(memory.num_blocks, memory.words),
@@ -83,6 +85,7 @@ def build_engine(config: EngineConfig, clock: Clock, emit: Callable[[Event], Non
         emit=emit,
         staging=staging,
         device=memory.device,
+        media=media,
         synchronize=_synchronizer(loaded.device),
     )
     engine = Engine(config, parts)
@@ -162,15 +165,16 @@ def _describe(config: EngineConfig, engine: Engine, parts: EngineParts, slots: S
         max_batched_tokens=config.tokens_per_step,
         vocab_size=parts.runner.vocab_size,
         offers=tuple(offer for offer in offers if offer is not None),
-        device=_device_name(config.device),
+        device=device_name(config.device),
         decode_alone_tokens=config.decode_alone_tokens,
         staging_fd_path=slots.fd_path,
         staging_slots=slots.num_slots,
         staging_slot_bytes=slots.slot_bytes,
+        embedding_layout=parts.media.layout,
     )
 
 
-def _device_name(device: str) -> str:
+def device_name(device: str) -> str:
     if device.startswith("cuda"):
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device} ({os.cpu_count()} cores)"

@@ -21,6 +21,7 @@ from kvrelay_core.rpc.status import error_to_detail
 from kvrelay_core.rpc.wire import first_token_to_wire, usage_to_wire
 from kvrelay_engine import messages
 from kvrelay_prefill.lease_watch import LeaseWatch
+from kvrelay_transfer.ticket import EmbeddingTicket
 from kvrelay_worker.attempts import AttemptTable
 from kvrelay_worker.follows import FollowEnd
 from kvrelay_worker.request_trace import RequestTrace
@@ -82,6 +83,7 @@ class PrefillRequests:
         handle: int,
         hint: PrefixHint | None = None,
         trace_parent: str = "",
+        embeddings: tuple[EmbeddingTicket, ...] = (),
     ) -> PrefillRequest:
         """Starts the attempt, or re-attaches to it: then the receiver gets everything told so far again.
 
@@ -99,7 +101,7 @@ class PrefillRequests:
         lease = LeaseWatch(self._worker.clock)
         trace = RequestTrace("prefill", attempt, trace_parent)
         request = PrefillRequest(next(self._worker.request_ids), attempt, receiver, handle, lease, trace)
-        self._worker.engine.send(messages.Prefill(request.id, attempt, generation, handoff, hint))
+        self._worker.engine.send(messages.Prefill(request.id, attempt, generation, handoff, hint, embeddings))
         superseded = self._attempts.begin(attempt, request)
         self._by_id[request.id] = request
         self._by_handle[receiver, handle] = request

@@ -1,11 +1,12 @@
 """Puts the prefill service together: its requests, the KV source for readers, what links the two, and the workers
-that it pulls the beginnings of prompts from."""
+that it pulls the beginnings of prompts and the embeddings of images from."""
 
 from __future__ import annotations
 
 from kvrelay.v1 import kv_source_pb2_grpc, prefill_pb2_grpc
 from kvrelay_core.errors import KvRelayError
 from kvrelay_core.rpc.server import RpcServer
+from kvrelay_prefill.embedding_sources import EmbeddingSources
 from kvrelay_prefill.requests import PrefillRequests
 from kvrelay_prefill.servicer import PrefillServicer
 from kvrelay_worker.fetch_client import FetchClient
@@ -22,8 +23,8 @@ class PrefillRole(Role):
     def __init__(self, worker: Worker) -> None:
         self.requests = PrefillRequests(worker)
         self.kv_source = KvSourceServicer(worker, self.requests)
-        self.servicer = PrefillServicer(worker, self.requests)
         self.peers = PeerBook(worker)
+        self.servicer = PrefillServicer(worker, self.requests, EmbeddingSources(worker, self.peers))
         self.fetches = FetchClient(worker, self.peers)
         self.lookups = PrefixLookups(worker, self.peers, self.requests.trace_of)
 

@@ -10,7 +10,10 @@ from kvrelay_core.errors import InvalidRequestError, KvRelayError, SupersededErr
 from kvrelay_core.request import AttemptId
 from kvrelay_core.rpc.status import error_to_detail
 from kvrelay_core.rpc.wire import attempt_from_wire, generation_from_wire, prefix_hint_from_wire
+from kvrelay_prefill.embedding_sources import EmbeddingSources
 from kvrelay_prefill.requests import PrefillRequests
+from kvrelay_transfer.ticket import EmbeddingTicket
+from kvrelay_worker.embedding_wire import embedding_ticket_from_wire
 from kvrelay_worker.outbox import Outbox
 from kvrelay_worker.sessions import Session, SessionBook
 from kvrelay_worker.stream_end import Context, at_stream_end, guard_stream, until_stream_end
@@ -48,9 +51,10 @@ class _StreamReceiver:
 
 
 class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
-    def __init__(self, worker: Worker, requests: PrefillRequests) -> None:
+    def __init__(self, worker: Worker, requests: PrefillRequests, encoders: EmbeddingSources) -> None:
         self._worker = worker
         self._requests = requests
+        self._encoders = encoders
         self._receivers: dict[PrefillSession, _SessionReceiver] = {}
         self._sessions: SessionBook[pb.PrefillServiceSessionResponse] = SessionBook(
             worker, self._on_gone, SESSION_LIMIT
@@ -138,7 +142,19 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         attempt = attempt_from_wire(message.attempt)
         generation = generation_from_wire(message.generation)
         hint = prefix_hint_from_wire(message.hint) if message.HasField("hint") else None
-        self._requests.open(attempt, generation, message.handoff, receiver, handle, hint, message.trace_parent)
+        tickets = [
+            embedding_ticket_from_wire(item.ticket) for item in message.generation.media if item.HasField("ticket")
+        ]
+        request = self._requests.open(
+            attempt, generation, message.handoff, receiver, handle, hint, message.trace_parent, _each_once(tickets)
+        )
+        if tickets:
+            self._encoders.connect(request.id, tickets)
+
+
+def _each_once(tickets: list[EmbeddingTicket]) -> tuple[EmbeddingTicket, ...]:
+    """Several runs of one image may bring the same ticket."""
+    return tuple({ticket.ticket_id: ticket for ticket in tickets}.values())
 
 
 def _attempt_or_none(message: pb.PrefillOpen) -> AttemptId | None:

@@ -210,6 +210,7 @@ def load_to_wire(load: Load, *, streams: int, tasks: int, draining: bool) -> wor
         blocks_quarantined=load.blocks_quarantined,
         leases=load.leases,
         transfers=load.transfers,
+        embedding_blocks=load.embedding_blocks,
         streams=streams,
         steps=load.steps,
         draining=draining,

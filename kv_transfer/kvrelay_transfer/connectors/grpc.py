@@ -81,15 +81,17 @@ class GrpcConnector(Connector):
         socket_half: SocketHalf,
         clock: Clock,
         deadline_s: float = DEFAULT_DEADLINE_S,
+        first_read_id: int = 1,
     ) -> None:
-        """`num_blocks` of our own pool."""
+        """`num_blocks` of our own pool. Reads are numbered from `first_read_id` on, so that two pools of one engine can
+        share a socket half."""
         self._num_blocks = num_blocks
         self._staging = staging
         self._socket_half = socket_half
         self._clock = clock
         self._deadline_s = deadline_s
         self._fetching: dict[int, _Fetching] = {}
-        self._next_read_id = 1
+        self._next_read_id = first_read_id
 
     def offer(self) -> ConnectorOffer:
         return ConnectorOffer(self.name, b"")

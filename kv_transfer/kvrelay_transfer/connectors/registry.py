@@ -47,19 +47,21 @@ def create_connectors(
     names: Sequence[str],
     *,
     memory: PoolMemory,
-    run_dir: Path,
+    run_dir: Path | None,
     worker_id: str,
     staging: BlockStaging,
     socket_half: SocketHalf,
     clock: Clock,
+    first_read_id: int = 1,
 ) -> dict[str, Connector]:
-    """The named connectors in the given order; `["auto"]` is what suits the pool's device.
+    """The named connectors in the given order; `["auto"]` is what suits the pool's device. `run_dir` None: this pool
+    is only read into.
 
     Raises ConfigError for a name that is unknown or cannot serve this device.
     """
     wanted = preferred(memory.device) if list(names) == ["auto"] else tuple(names)
     connectors: dict[str, Connector] = {}
-    pool_socket = run_dir / f"{worker_id.replace('/', '_')}.pool.sock"
+    pool_socket = None if run_dir is None else run_dir / f"{worker_id.replace('/', '_')}.pool.sock"
     for name in wanted:
         if name in _DEVICE_OF and memory.device != _DEVICE_OF[name]:
             raise ConfigError(f"{name} connects pools on {_DEVICE_OF[name]}, and this one is on {memory.device}")
@@ -71,12 +73,20 @@ def create_connectors(
             case "nixl":
                 connectors[name] = NixlConnector(memory, clock)
             case "grpc":
-                connectors[name] = GrpcConnector(memory.num_blocks, staging, socket_half, clock)
+                connectors[name] = GrpcConnector(
+                    memory.num_blocks, staging, socket_half, clock, first_read_id=first_read_id
+                )
             case "ucx":
                 connectors[name] = UcxConnector(memory, clock)
             case _:
                 raise ConfigError(f"no connector {name!r}; there are: auto, cuda_ipc, shm, nixl, ucx, grpc")
     return connectors
+
+
+def for_host_memory(names: Sequence[str]) -> tuple[str, ...]:
+    """Of the connectors that were chosen for a pool on any device, those that can read one in host memory too; auto
+    where none can."""
+    return tuple(name for name in names if _DEVICE_OF.get(name, "cpu") == "cpu") or ("auto",)
 
 
 def choose(
