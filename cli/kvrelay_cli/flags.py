@@ -27,6 +27,8 @@ WORKER_FLAGS = (
     "--dtype",
     "--threads-per-worker",
     "--prefix-wait",
+    "--embedding-mib",
+    "--max-patches",
 )
 # What `up` hands to the router as it is.
 ROUTER_FLAGS = ("--served-model-name", "--api-key-file", "--placement")
@@ -117,6 +119,18 @@ def add_worker_flags(parser: argparse.ArgumentParser) -> None:
         type=flag_types.number(0.0),
         metavar="SECONDS",
         help="longest wait for KV that another worker has of a prompt; 0: never (default: as computing it would take)",
+    )
+    group.add_argument(
+        "--embedding-mib",
+        type=flag_types.integer(1),
+        metavar="N",
+        help="host memory for embeddings of images, of each encoder and each prefill worker (default 256 MiB)",
+    )
+    group.add_argument(
+        "--max-patches",
+        type=flag_types.integer(1),
+        metavar="N",
+        help="patches of images that an encoder computes in one step (default: what fills the device)",
     )
 
 

@@ -20,8 +20,6 @@ WORKER_HOST = "127.0.0.1"
 
 def check_released(args: argparse.Namespace) -> None:
     """Raises ConfigError for flags whose part of the system this release does not have."""
-    if args.encoder or args.encoder_devices:
-        raise ConfigError("--encoder is not available in this release: it serves text only; leave it out or 0")
     if args.http_port is not None:
         raise ConfigError("--http-port is not available in this release: it speaks gRPC only; use --grpc-port")
 
@@ -41,28 +39,32 @@ def plan_roles(
     router_port: int,
     worker_ports: list[int],
 ) -> list[RoleSpec]:
-    """One spec per process, router first. `worker_ports` holds prefill's ports, then decode's."""
+    """One spec per process, router first. `worker_ports` holds prefill's ports, then decode's, then the encoders'."""
     require(args, "--model")
-    prefill = [f"{WORKER_HOST}:{port}" for port in worker_ports[: args.prefill]]
-    decode = [f"{WORKER_HOST}:{port}" for port in worker_ports[args.prefill :]]
+    addresses = [f"{WORKER_HOST}:{port}" for port in worker_ports]
+    prefill, rest = addresses[: args.prefill], addresses[args.prefill :]
+    decode, encoder = rest[: args.decode], rest[args.decode :]
     router_words = (
         *("--host", args.host, "--grpc-port", str(router_port)),
         *(("--prefill", ",".join(prefill)) if prefill else ()),
         *("--decode", ",".join(decode)),
+        *(("--encoder", ",".join(encoder)) if encoder else ()),
         *(("--allow-insecure",) if args.allow_insecure else ()),
         *_passed_on(args, (*SHARED_FLAGS, *ROUTER_FLAGS)),
     )
     specs = [RoleSpec("router", 0, (*executable, "serve", "router", *router_words))]
-    for role, addresses, devices in (
+    sources = {"prefill": [*decode, *encoder], "decode": [*prefill, *decode], "encoder": []}
+    for role, workers, devices in (
         ("prefill", prefill, args.prefill_devices),
         ("decode", decode, args.decode_devices),
+        ("encoder", encoder, args.encoder_devices),
     ):
-        for index, address in enumerate(addresses):
+        for index, address in enumerate(workers):
             name = f"{role}-{index}"
             words = (
                 *("--worker-id", name, "--host", WORKER_HOST, "--grpc-port", address.rpartition(":")[2]),
                 *("--run-dir", str(run_dir / name)),
-                *_peers(role, address, prefill, decode),
+                *_peers([source for source in sources[role] if source != address]),
                 *(("--device-index", str(devices[index % len(devices)])) if devices else ()),
                 *_passed_on(args, (*SHARED_FLAGS, *WORKER_FLAGS)),
             )
@@ -70,9 +72,9 @@ def plan_roles(
     return specs
 
 
-def _peers(role: str, address: str, prefill: list[str], decode: list[str]) -> tuple[str, ...]:
-    """Decode reads hand-offs of prefill; and everybody what a decode worker has of a conversation's last turn."""
-    sources = [source for source in (*(prefill if role == "decode" else ()), *decode) if source != address]
+def _peers(sources: list[str]) -> tuple[str, ...]:
+    """Decode reads hand-offs of prefill, prefill embeddings of the encoders; and both what a decode worker has of a
+    conversation's last turn."""
     return ("--peers", ",".join(sources)) if sources else ()
 
 

@@ -4,8 +4,7 @@
 
 A Prefill computes its prompt in chunks and ends with the first token of each choice; with a hand-off its blocks
 are pinned by a ticket from its first chunk on. A Decode gets its KV by a hand-off, or computes it here, and then
-grows by a token each step. Synchronous and single-threaded; every wait is somebody else's (`loop.py`). Knows no
-sockets, files or devices.
+grows by a token each step. Synchronous and single-threaded; waits are `loop.py`'s. Knows no sockets or devices.
 """
 
 from __future__ import annotations

@@ -29,9 +29,9 @@ from kvrelay_transfer.staging_slots import StagingSlots
 
 def media_traits(model: ModelConfig) -> MediaTraits | None:
     """None: the model takes no images."""
-    if model.mrope is None:
-        return None
-    return MediaTraits(model.hidden_size, merge_size=model.mrope.merge_size)
+    if model.mrope is not None:
+        return MediaTraits(model.hidden_size, merge_size=model.mrope.merge_size)
+    return MediaTraits(model.hidden_size, whole_runs=True) if model.media_see_ahead else None
 
 
 def build_media(
@@ -69,4 +69,4 @@ def build_media(
 def allocate_embeddings(layout: EmbeddingLayout, size_bytes: int, epoch: bytes) -> PoolMemory:
     """A pool of about `size_bytes` in host memory. Raises ConfigError."""
     num_blocks = size_bytes // layout.block_bytes + 1  # the null block is never used
-    return PoolMemory.allocate(layout, num_blocks, "cpu", epoch, sized_by="--embedding-bytes")
+    return PoolMemory.allocate(layout, num_blocks, "cpu", epoch, sized_by="--embedding-mib")

@@ -40,6 +40,7 @@ _ROLES = {
     "router": "place requests on workers and answer clients",
     "prefill": "turn prompts into KV cache and first tokens",
     "decode": "pull KV cache from prefill and generate the rest",
+    "encoder": "turn images into embeddings that prefill reads",
 }
 
 
@@ -166,6 +167,8 @@ def _engine_config(args: argparse.Namespace) -> EngineConfig:
         "max_num_seqs": args.max_num_seqs,
         "max_batched_tokens": args.max_batched_tokens,
         "prefix_wait_s": args.prefix_wait,
+        "embedding_bytes": None if args.embedding_mib is None else args.embedding_mib << 20,
+        "max_patches": args.max_patches,
     }
     return EngineConfig(
         role=args.role,
@@ -187,6 +190,10 @@ def _serve_worker(config: WorkerConfig) -> Coroutine[Any, Any, int]:
         from kvrelay_prefill import main as prefill
 
         return prefill.serve(config)
+    if config.role == "encoder":
+        from kvrelay_encoder import main as encoder
+
+        return encoder.serve(config)
     from kvrelay_decode import main as decode
 
     return decode.serve(config)

@@ -23,6 +23,7 @@ examples:
   kvrelay up --model ./my-model
   kvrelay up --model ./my-model --prefill 2 --decode 2 --grpc-port 50051
   kvrelay up --model meta-llama/Llama-3.2-1B --device cuda --prefill-devices 0 --decode-devices 1
+  kvrelay up --model Qwen/Qwen2.5-VL-3B-Instruct --encoder 1
   kvrelay up --config cluster.toml --log-level warning
 
 cluster.toml:
@@ -45,7 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decode", type=flag_types.integer(1, 64), default=1, metavar="N", help="decode workers (default 1)"
     )
-    for role in ("prefill", "decode"):
+    parser.add_argument(
+        "--encoder",
+        type=flag_types.integer(0, 64),
+        default=0,
+        metavar="N",
+        help="encoder workers, for models that take images (default 0: requests with images are refused)",
+    )
+    for role in ("prefill", "decode", "encoder"):
         parser.add_argument(
             f"--{role}-devices",
             type=flag_types.device_indices,
@@ -62,14 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_worker_flags(parser)
     add_router_flags(parser)
     later = parser.add_argument_group("not available in this release")
-    later.add_argument("--encoder", type=flag_types.integer(0), default=0, metavar="N", help="encoder workers")
-    later.add_argument("--encoder-devices", type=flag_types.device_indices, metavar="I,J", help="their GPUs")
     later.add_argument("--http-port", type=flag_types.port, metavar="PORT", help="port of the OpenAI HTTP API")
 
 
 def run(args: argparse.Namespace) -> int:
     check_released(args)
-    num_workers = args.prefill + args.decode
+    num_workers = args.prefill + args.decode + args.encoder
     if args.threads_per_worker is None and args.device == "cpu":
         args.threads_per_worker = threads_per_worker(num_workers)
     router_port = args.grpc_port or choose_ports(args.host, 1)[0]

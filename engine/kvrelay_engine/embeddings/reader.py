@@ -154,7 +154,7 @@ class EmbeddingReader:
         if num_blocks > self.cache.num_blocks:
             raise PoolExhaustedError(
                 f"the request's images need {num_blocks} blocks of embeddings, the whole pool has "
-                f"{self.cache.num_blocks}; send fewer, or start prefill with more --embedding-bytes",
+                f"{self.cache.num_blocks}; send fewer, or start prefill with more --embedding-mib",
                 needed=num_blocks,
             )
         assert request_id not in self._wanted

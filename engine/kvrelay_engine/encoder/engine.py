@@ -83,7 +83,7 @@ class EncoderEngine:
         self._room_budget_s = config.reserve_budget_s
         self._jobs: dict[bytes, _Job] = {}  # by content hash, in order of arrival
         self._queued_bytes = 0
-        self._is_draining = False
+        self.is_draining = False  # it was told, for good
         self.num_steps = 0
         self.num_hits = 0
 
@@ -102,14 +102,14 @@ class EncoderEngine:
                 error = self._inconsistency() if check_integrity else None
                 self._emit(LoadReply(call, self.report(), error))
             case Drain():
-                self._is_draining = True
+                self.is_draining = True
             case Shutdown():
                 self.close()
             case _:
                 raise InternalError(f"an encoder's engine was given a {type(command).__name__}")
 
     def _take(self, command: EncodeItem) -> None:
-        if self._is_draining:
+        if self.is_draining:
             self._fail(command.id, DrainingError("the encoder is draining; ask another one"))
             return
         item = self._cache.find(command.content_hash)
@@ -182,7 +182,7 @@ class EncoderEngine:
         if needed > self._cache.num_blocks:
             message = (
                 f"the image needs {needed} blocks of embeddings, the whole pool has {self._cache.num_blocks}; "
-                "send a smaller one, or start the encoder with more --embedding-bytes"
+                "send a smaller one, or start the encoder with more --embedding-mib"
             )
             self._end(job, PoolExhaustedError(message, needed=needed))
             return False
@@ -264,7 +264,7 @@ class EncoderEngine:
         )
 
     def beat(self) -> None:
-        self._emit(Beat(self.report(), {}))
+        self._emit(Beat(self.report(), {}, self.is_draining))
 
     def check_integrity(self) -> None:
         """Asserts that nobody but the leases holds a block, between two steps."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from kvrelay_core.clock import Clock
 from kvrelay_core.errors import WorkerLostError
 from kvrelay_engine.encoder.engine import EncoderEngine
-from kvrelay_engine.loop import BEAT_S, CONNECT_TIMEOUT_S, LEASE_POLL_S, ROOM_POLL_S
-from kvrelay_engine.messages import Shutdown
+from kvrelay_engine.loop import BEAT_S, CONNECT_TIMEOUT_S, DRAINING_BEAT_S, LEASE_POLL_S, ROOM_POLL_S
+from kvrelay_engine.messages import Drain, Shutdown
 from kvrelay_engine.service_link import ServiceLink
 
 
@@ -27,6 +27,8 @@ class EncoderLoop:
                 self._engine.handle(command)
                 if isinstance(command, Shutdown):
                     return
+                if isinstance(command, Drain):
+                    self._next_beat_s = 0.0
             self._has_encoded = self._engine.step()
             self._is_unchecked |= self._has_encoded
             self._beat_when_due()
@@ -43,7 +45,7 @@ class EncoderLoop:
         now_s = self._clock.now()
         if now_s < self._next_beat_s:
             return
-        self._next_beat_s = now_s + BEAT_S
+        self._next_beat_s = now_s + (DRAINING_BEAT_S if self._engine.is_draining else BEAT_S)
         self._engine.beat()
         self._link.check_service()
         if self._is_unchecked and self._engine.is_idle:

@@ -35,7 +35,6 @@ def test_help_imports_neither_torch_nor_grpc() -> None:
     ("words", "message"),
     [
         (["up"], "--model is missing"),
-        (["up", "--model", "m", "--encoder", "1"], "--encoder is not available in this release"),
         (["up", "--model", "m", "--http-port", "8000"], "--http-port is not available in this release"),
         (["up", "--config", "/nonexistent/file.toml"], "cannot read --config"),
         (["serve", "prefill"], "--model is missing"),

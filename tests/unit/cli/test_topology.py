@@ -17,7 +17,7 @@ def plan(*words: str) -> list[RoleSpec]:
     parser = argparse.ArgumentParser()
     up.add_arguments(parser)
     args = parser.parse_args(["--model", "m", *words])
-    ports = list(range(9001, 9001 + args.prefill + args.decode))
+    ports = list(range(9001, 9001 + args.prefill + args.decode + args.encoder))
     return plan_roles(args, ("kvrelay",), Path("/run/x"), 9000, ports)
 
 
@@ -71,6 +71,18 @@ def test_without_prefill_decode_does_both() -> None:
     assert "--allow-insecure" not in decode.command  # it listens on loopback
 
 
+def test_encoders_are_known_to_the_router_and_read_by_prefill() -> None:
+    router, prefill, decode, *encoders = plan("--encoder", "2", "--embedding-mib", "64")
+    assert value_after(router, "--encoder") == "127.0.0.1:9003,127.0.0.1:9004"
+    assert value_after(prefill, "--peers") == "127.0.0.1:9002,127.0.0.1:9003,127.0.0.1:9004"
+    assert value_after(decode, "--peers") == "127.0.0.1:9001"
+    assert [(spec.name, value_after(spec, "--peers")) for spec in encoders] == [
+        ("encoder-0", None),
+        ("encoder-1", None),
+    ]
+    assert value_after(encoders[0], "--embedding-mib") == value_after(prefill, "--embedding-mib") == "64"
+
+
 def test_devices_are_dealt_out_in_turn() -> None:
     specs = plan("--device", "cuda", "--prefill", "3", "--prefill-devices", "0,2", "--decode-devices", "1")
     assert [value_after(spec, "--device-index") for spec in specs[1:]] == ["0", "2", "0", "1"]
@@ -82,7 +94,8 @@ def test_serve_takes_every_command_that_up_makes() -> None:
         "--block-tokens 16 --kv-blocks 40 --memory-fraction 0.5 --max-model-len 100 --max-num-seqs 4 --dtype float32 "
         "--max-batched-tokens 64 --threads-per-worker 1 --connector shm --placement least_load --log-level debug "
         "--tls-cert c --tls-key k --tls-ca a --allow-insecure "
-        "--served-model-name name --api-key-file keys --device cuda --prefill-devices 0 --decode-devices 1"
+        "--served-model-name name --api-key-file keys --device cuda --prefill-devices 0 --decode-devices 1 "
+        "--encoder 1 --encoder-devices 2 --embedding-mib 64 --max-patches 100"
     )
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)
