@@ -6,6 +6,7 @@ Warm and cold caches, a picture in another place, and an encoder that was ended 
 from __future__ import annotations
 
 import random
+from contextlib import ExitStack
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lone_worker import serve
 from PIL import Image
 from vision_checkpoints import QWEN_TOKENS, VOCAB_SIZE, as_bytes, draw_picture, make_qwen2_5_vl
 
+from kvrelay_cli.ports import choose_ports
 from kvrelay_client import AsyncClient
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
@@ -108,3 +110,26 @@ async def test_encoder_exact_over_three_processes(model_dir: Path, connector: st
                     assert await ask(client, one[0], PICTURES[:1]) == one[1]
                     assert await ask(client, three[0], PICTURES) == three[1]
                 assert await ask(client, one[0], PICTURES[1:2]) == other
+
+
+async def test_encoder_exact_after_an_encoder_has_restarted(model_dir: Path) -> None:
+    """Tickets and links are of one start: those of the old one are not used, nor missed."""
+    reference = Reference(model_dir)
+    first = decisive(reference, PICTURES[:1], 7, None, 9)
+    second = decisive(reference, PICTURES[:2], 4, None, 11, None, 3)
+    (port,) = choose_ports("127.0.0.1", 1)
+    encoder = {"model": model_dir, "grpc_port": port}
+    text = {"model": model_dir, "block_tokens": 16, "max_num_seqs": 8}
+    with ExitStack() as started:
+        peers = started.enter_context(serve("encoder", **encoder))
+        with (
+            serve("prefill", peers=peers, **text) as prefill,
+            serve("decode", peers=prefill, **text) as decode,
+            serve("router", model=model_dir, encoder=peers, prefill=prefill, decode=decode) as target,
+        ):
+            async with AsyncClient(target) as client:
+                assert await ask(client, first[0], PICTURES[:1]) == first[1]
+                started.pop_all().close()
+                started.enter_context(serve("encoder", **encoder))
+                assert await ask(client, second[0], PICTURES[:2]) == second[1]
+                assert await ask(client, first[0], PICTURES[:1]) == first[1]

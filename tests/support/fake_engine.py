@@ -13,7 +13,7 @@ from kvrelay_core.errors import WorkerLostError
 from kvrelay_engine import messages
 from kvrelay_engine.config import EngineConfig
 from kvrelay_transfer.connectors.base import ConnectorOffer
-from kvrelay_transfer.embedding_layout import PoolLayout
+from kvrelay_transfer.embedding_layout import EmbeddingLayout, PoolLayout
 from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.staging_slots import StagingSlots
 from kvrelay_worker.engine_link import EngineLink
@@ -32,6 +32,7 @@ class FakeEngine(EngineLink):
         self.layout = layout
         self.num_slots = num_slots
         self.sent: list[messages.EngineCommand] = []
+        self.embedding_layout: EmbeddingLayout | None = None
         self.reply_load = messages.Load(blocks_total=9)
         self.config: EngineConfig | None = None
         self.staging: StagingSlots | None = None
@@ -79,6 +80,7 @@ class FakeEngine(EngineLink):
             staging_fd_path=self.staging.fd_path,
             staging_slots=self.num_slots,
             staging_slot_bytes=self.staging.slot_bytes,
+            embedding_layout=self.embedding_layout,
         )
 
     async def expect(self, command_type: type[C]) -> C:
