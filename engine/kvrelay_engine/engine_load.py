@@ -43,7 +43,7 @@ class EngineLoad:
             prefix_blocks_pulled=self._remote_kv.pulls.num_pulled_blocks,
             failed_reads=self._remote_kv.reader.peers.failed_reads,
             fallbacks=self._remote_kv.reader.peers.fallbacks,
-            links=self._remote_kv.reader.peers.load(),
+            links=self._remote_kv.reader.peers.load() + self._remote_kv.media.links(),
             connectors=self._remote_kv.reader.peers.records.totals(),
             expired_leases=self._source.num_expired,
         )

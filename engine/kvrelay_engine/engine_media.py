@@ -16,6 +16,7 @@ from kvrelay_core.media.mrope import MropePositions
 from kvrelay_core.request import MediaReference
 from kvrelay_engine.embedding_messages import EmbeddingSourceFailed
 from kvrelay_engine.embeddings.reader import EmbeddingReader, EmbeddingsLost
+from kvrelay_engine.load_messages import LinkLoad
 from kvrelay_engine.media_chunks import clip_chunk, clip_prefix, end_of
 from kvrelay_engine.media_traits import MediaTraits
 from kvrelay_engine.messages import Command, ConnectPeer, Decode, DisconnectPeer, FetchedPiece, FetchEnded, Prefill
@@ -171,6 +172,10 @@ class EngineMedia:
     def num_blocks_in_use(self) -> int:
         """Of the embeddings' pool, held by requests or reads."""
         return 0 if self.reader is None else self.reader.cache.pool.num_in_use
+
+    def links(self) -> tuple[LinkLoad, ...]:
+        """To encoders."""
+        return () if self.reader is None else self.reader.peers.load()
 
     def check_integrity(self) -> None:
         if self.reader is not None:

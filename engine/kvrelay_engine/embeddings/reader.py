@@ -71,7 +71,7 @@ class _Wanted:
     tickets: dict[bytes, EmbeddingTicket]  # by content hash
     pinned: list[EmbeddingTicket]  # not given back yet
     from_token: int
-    since_s: float
+    since_s: float  # when it began to wait for room
     has_room: bool = False
     held: dict[bytes, CachedItem] = field(default_factory=dict)  # here, and ours until we drop them
 
@@ -128,6 +128,7 @@ class EmbeddingReader:
         wanted = self._wanted[request_id]
         if from_token < wanted.from_token and wanted.needed(from_token) - wanted.needed(wanted.from_token):
             self._leave_room(wanted)
+            wanted.since_s = self._clock.now()
         wanted.from_token = min(wanted.from_token, from_token)
         return wanted.has_room or not wanted.needed(from_token)
 

@@ -108,6 +108,18 @@ def test_a_picture_in_the_prefix_cache_is_not_pulled(pair: MediaPair) -> None:
     pair.check_empty()
 
 
+def test_what_the_prefix_cache_lost_before_the_request_began_is_pulled_after_all(pair: MediaPair) -> None:
+    pair.start(1, 5, CAT, 20, DOG, 2)
+    pair.run()
+    pair.cache.give_back(pair.cache.reserve(4 * pair.cache.num_blocks) or ())
+    pair.start(2, 5, CAT, 20, DOG, 3)  # of which only the dog's end is not cached
+    pair.prefill.pool.clear_cache()
+    pair.run()
+    assert pair.first_token(2) == first_token_of(5, CAT, 20, DOG, 3)
+    assert pair.reader.num_pulled >= 4
+    pair.check_empty()
+
+
 def test_an_embedding_that_was_evicted_at_the_encoder_is_named(pair: MediaPair) -> None:
     tickets = pair.tickets(CAT)
     pair.encoder.release(tickets[0])
