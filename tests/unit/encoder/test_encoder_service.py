@@ -11,7 +11,6 @@ import grpc
 import pytest
 import pytest_asyncio
 from fake_engine import FakeEngine
-from kvrelay_encoder.role import EncoderRole
 from worker_rig import RiggedWorker, running_worker, wait_until
 
 from kvrelay.v1 import common_pb2, encoder_pb2, encoder_pb2_grpc, kv_source_pb2, kv_source_pb2_grpc, worker_pb2
@@ -20,6 +19,7 @@ from kvrelay_core.error_info import info_of
 from kvrelay_core.errors import InvalidRequestError, KvRelayError, WorkerLostError
 from kvrelay_core.media.media_hash import media_hash
 from kvrelay_core.rpc.status import error_from_rpc
+from kvrelay_encoder.role import EncoderRole
 from kvrelay_engine.encoder_messages import EncodeItem, ItemEncoded
 from kvrelay_engine.messages import Abort, Released, ReleaseTicket
 from kvrelay_transfer.embedding_layout import EmbeddingLayout

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest_asyncio
 from fake_engine import FakeEngine
-from kvrelay_encoder.role import EncoderRole
 from msgspec.structs import replace
 from prefill_rig import make_request
 from worker_rig import RiggedWorker, running_worker, wait_until
@@ -16,6 +15,7 @@ from worker_rig import RiggedWorker, running_worker, wait_until
 from kvrelay.v1 import common_pb2, prefill_pb2_grpc
 from kvrelay_core.request import MediaReference
 from kvrelay_core.rpc.wire import media_reference_to_wire
+from kvrelay_encoder.role import EncoderRole
 from kvrelay_engine import messages
 from kvrelay_engine.embedding_messages import EmbeddingRelease, EmbeddingSourceFailed
 from kvrelay_prefill.role import PrefillRole
