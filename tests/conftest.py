@@ -1,4 +1,4 @@
-"""Fixtures of the tests that run whole clusters. Unit tests use none of them."""
+"""Fixtures of the tests that run whole clusters, of which unit tests use none, and settings of all tests."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 from made_checkpoints import CheckpointMaker
 
 if TYPE_CHECKING:
     from cluster import Cluster
+
+# A deadline for each example would measure the machine; pytest-timeout bounds the whole test.
+settings.register_profile("kvrelay", deadline=None)
+settings.load_profile("kvrelay")
 
 
 @pytest.fixture(scope="session")
