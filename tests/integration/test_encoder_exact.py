@@ -15,6 +15,7 @@ import pytest
 import torch
 from checkpoint_tokenizer import media_token_id
 from checkpoints import quiet_transformers
+from cluster import Cluster
 from lone_worker import serve
 from PIL import Image
 from vision_checkpoints import QWEN_TOKENS, VOCAB_SIZE, as_bytes, draw_picture, make_qwen2_5_vl
@@ -112,6 +113,22 @@ async def test_encoder_exact_over_three_processes(model_dir: Path, connector: st
                 assert await ask(client, one[0], PICTURES[1:2]) == other
 
 
+async def test_encoder_exact_after_an_encoder_was_killed(model_dir: Path) -> None:
+    """`kvrelay up` starts it again; meanwhile requests wait for it."""
+    reference = Reference(model_dir)
+    first = decisive(reference, PICTURES[:1], 7, None, 9)
+    second = decisive(reference, PICTURES[:2], 4, None, 11, None, 3)
+    with Cluster(model_dir, encoder=1, block_tokens=16, max_num_seqs=8) as cluster:
+        async with AsyncClient(cluster.target) as client:
+            assert await ask(client, first[0], PICTURES[:1]) == first[1]
+            cluster.wait_restarted("encoder", 0, cluster.kill("encoder"))
+            assert await ask(client, second[0], PICTURES[:2]) == second[1]
+            assert await ask(client, first[0], PICTURES[:1]) == first[1]
+        cluster.assert_no_leaks()
+        assert cluster.load_of("encoder").leases == 0
+
+
+@pytest.mark.full
 async def test_encoder_exact_after_an_encoder_has_restarted(model_dir: Path) -> None:
     """Tickets and links are of one start: those of the old one are not used, nor missed."""
     reference = Reference(model_dir)
