@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from typing import Any
 
 from encoder_rig import HIDDEN, LAYOUT, EncoderRig, hash_of
@@ -52,20 +53,40 @@ def first_token_of(*parts: int | bytes) -> int:
     return continuation(prompt_of(*parts)[2], 1)[0]
 
 
+class ReaderSide:
+    """A prefill engine's pool of embeddings, and what reads into it."""
+
+    def __init__(
+        self,
+        clock: ManualClock,
+        fabric: MemoryFabric,
+        emit: Callable[[messages.Event], None],
+        *,
+        num_blocks: int = 40,
+        whole_runs: bool = False,
+    ) -> None:
+        self.memory = PoolMemory.allocate(LAYOUT, num_blocks, "cpu", secrets.token_bytes(16))
+        self.connector = MemoryConnector(fabric, self.memory, clock, deadline_s=60.0)
+        self.cache = EmbeddingCache(self.memory, LAYOUT)
+        self.reader = EmbeddingReader(self.cache, {"memory": self.connector}, clock, emit)
+        self.media = EngineMedia(MediaTraits(HIDDEN, whole_runs=whole_runs), self.reader)
+
+    def close(self) -> None:
+        self.connector.close()
+        self.memory.close()
+
+
 class MediaPair:
     def __init__(self, *, num_blocks: int = 40, whole_runs: bool = False, **prefill: Any) -> None:
         self.clock = ManualClock()
         self.fabric = MemoryFabric()
         self.encoder = EncoderRig(clock=self.clock, fabric=self.fabric)
-        self.memory = PoolMemory.allocate(LAYOUT, num_blocks, "cpu", secrets.token_bytes(16))
-        self.connector = MemoryConnector(self.fabric, self.memory, self.clock, deadline_s=60.0)
-        self.cache = EmbeddingCache(self.memory, LAYOUT)
-        self._emitted: list[messages.Event] = []
-        self.reader = EmbeddingReader(
-            self.cache, {"memory": self.connector}, self.clock, lambda event: self.prefill.events.append(event)
-        )
-        media = EngineMedia(MediaTraits(HIDDEN, whole_runs=whole_runs), self.reader)
-        self.prefill = EngineRig("prefill", clock=self.clock, fabric=self.fabric, media=media, **prefill)
+        self.side = ReaderSide(
+            self.clock, self.fabric, lambda event: self.prefill.events.append(event),
+            num_blocks=num_blocks, whole_runs=whole_runs,
+        )  # fmt: skip
+        self.memory, self.cache, self.reader = self.side.memory, self.side.cache, self.side.reader
+        self.prefill = EngineRig("prefill", clock=self.clock, fabric=self.fabric, media=self.side.media, **prefill)
         self.connect()
 
     def connect(self) -> None:
@@ -114,6 +135,5 @@ class MediaPair:
     def close(self) -> None:
         self.prefill.close()
         self.fabric.land_all()
-        self.connector.close()
+        self.side.close()
         self.encoder.close()
-        self.memory.close()

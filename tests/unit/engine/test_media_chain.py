@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from engine_rig import EnginePair, EngineRig, make_generation
+from encoder_rig import HIDDEN, EncoderRig
+from engine_rig import EnginePair, EngineRig, attempt_of, make_generation
+from fake_runner import continuation
 from handoff_sides import LAYOUT, MODEL, SourceSide, make_sequence
+from media_rig import MediaPair, ReaderSide, generation_of, prompt_of
 from msgspec.structs import replace
 
 from kvrelay_core.clock import ManualClock
 from kvrelay_core.errors import InvalidRequestError, MismatchError
 from kvrelay_core.request import MediaReference
 from kvrelay_engine import messages
+from kvrelay_engine.engine_media import EngineMedia
 from kvrelay_engine.handoff_incoming import check_ticket
+from kvrelay_engine.media_traits import MediaTraits
 from kvrelay_engine.sequence import Sequence
+from kvrelay_transfer.connectors.memory import MemoryFabric
 
 TOKENS = list(range(100, 139))  # 4 full units of 8 and 7 tokens
 CAT = MediaReference(b"c" * 32, offset=10, num_tokens=9, grid=(1, 6, 6))
@@ -66,25 +72,24 @@ PROMPT = [5, 6, 7, 8, 9, 9, 9, 9, 9, 9, 1, 2]  # with units of 4: text, placehol
 IMAGE = MediaReference(b"c" * 32, offset=4, num_tokens=6)
 
 
-def cached_tokens(rig: EngineRig, request_id: int, *media: MediaReference) -> int:
-    """Runs the prompt, and says how much of it came from the prefix cache."""
-    generation = replace(make_generation(PROMPT, 1), media=media)
-    rig.prefill(request_id, generation)
-    rig.run()
-    (finished,) = (event for event in rig.of(messages.PrefillFinished) if event.id == request_id)
+def cached_tokens(pair: MediaPair, request_id: int, *parts: int | bytes) -> int:
+    """Runs a prompt of 12 tokens, and says how much of it came from the prefix cache."""
+    pair.start(request_id, *parts)
+    pair.run()
+    (finished,) = (event for event in pair.prefill.of(messages.PrefillFinished) if event.id == request_id)
     return finished.usage.cached_tokens
 
 
 def test_an_engine_reuses_kv_of_the_same_picture_in_the_same_place_alone() -> None:
-    rig = EngineRig("prefill")
+    pair = MediaPair()
     try:
-        assert cached_tokens(rig, 1, IMAGE) == 0
-        assert cached_tokens(rig, 2, IMAGE) == 8, "all but the last unit, whose last token is computed"
-        assert cached_tokens(rig, 3, replace(IMAGE, content_hash=b"d" * 32)) == 4, "the text before it"
-        assert cached_tokens(rig, 4, replace(IMAGE, offset=5, num_tokens=5)) == 4
-        assert cached_tokens(rig, 5) == 4
+        assert cached_tokens(pair, 1, 4, b"my cat", 2) == 0
+        assert cached_tokens(pair, 2, 4, b"my cat", 2) == 8, "all but the last unit, whose last token is computed"
+        assert cached_tokens(pair, 3, 4, b"my dog", 2) == 4, "the text before it"
+        assert cached_tokens(pair, 4, 5, b"a cat", 2) == 4
+        assert cached_tokens(pair, 5, 12) == 4
     finally:
-        rig.close()
+        pair.close()
 
 
 @pytest.mark.parametrize(
@@ -103,11 +108,23 @@ def test_references_that_do_not_fit_the_prompt_are_refused(media: tuple[MediaRef
 
 
 def test_a_hand_off_with_a_picture_arrives() -> None:
-    pair = EnginePair()
+    clock, fabric = ManualClock(), MemoryFabric()
+    encoder = EncoderRig(clock=clock, fabric=fabric)
+    side = ReaderSide(clock, fabric, lambda _: None)
+    side.reader.handle(messages.ConnectPeer(encoder.peer()))
+    pair = EnginePair(prefill={"media": side.media}, decode={"media": EngineMedia(MediaTraits(HIDDEN))})
     try:
-        pair.submit(1, replace(make_generation(PROMPT, 4), media=(IMAGE,)))
-        pair.run()
-        assert len(pair.answer(1)) == 4
+        generation = generation_of(4, b"my cat", 2, max_tokens=4)
+        pair.generations[1] = generation
+        tickets = (encoder.encode(b"my cat"),)
+        pair.source.engine.handle(messages.Prefill(1, attempt_of(1), generation, True, None, tickets))
+        for _ in range(50):
+            pair.turn()
+            fabric.land_all()
+        assert pair.answer(1) == continuation(prompt_of(4, b"my cat", 2)[2], 4)
         assert not pair.reader.of(messages.HandoffLost) and not pair.reader.of(messages.RequestFailed)
+        pair.check_empty()
     finally:
         pair.close()
+        side.close()
+        encoder.close()
