@@ -56,7 +56,8 @@ class EncodeItems:
 
     def _send(self, data: bytes) -> int:
         request_id = next(self._worker.request_ids)
-        self._worker.engine.send(EncodeItem(request_id, media_hash(data), data))
+        fingerprint = self._worker.engine.started.model_fingerprint
+        self._worker.engine.send(EncodeItem(request_id, media_hash(data, fingerprint), data))
         self._waiting[request_id] = asyncio.get_running_loop().create_future()
         return request_id
 

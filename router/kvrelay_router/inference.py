@@ -25,7 +25,7 @@ from kvrelay_router.choice_output import ChoiceOutput
 from kvrelay_router.config import RouterConfig
 from kvrelay_router.detokenizer import Detokenizer
 from kvrelay_router.fleet import Fleet
-from kvrelay_router.media_input import MediaBudget
+from kvrelay_router.media_input import MediaBudget, media_items
 from kvrelay_router.placement_wait import WaitTerms
 from kvrelay_router.prompt import PromptReader
 from kvrelay_router.request_run import RequestRun, RunIdentity
@@ -139,7 +139,7 @@ class InferenceServicer(InferenceServiceServicer):
         arrived_s = self._clock.now()
         self._checker.check_envelope(request)
         model = await self._fleet.registry.wait_model(self._config.placement_wait_s)
-        prompt = await self._prompts.read(request, model.max_model_len)
+        prompt = await self._prompts.read(request, model.max_model_len, await self._encoder_of(request))
         checked = self._checker.complete(request, prompt, model)
         request_id = uuid.uuid4().hex
         response = ResponseStream(
@@ -158,6 +158,12 @@ class InferenceServicer(InferenceServiceServicer):
             wait_terms=self._wait_terms,
         )
         return run
+
+    async def _encoder_of(self, request: pb.GenerateRequest) -> bytes:
+        """Fingerprint of the encoders, where the request has media for them."""
+        if not media_items(request):
+            return b""
+        return await self._fleet.registry.wait_encoder_fingerprint(self._config.placement_wait_s)
 
     def _outputs(self, request: CheckedRequest) -> dict[int, ChoiceOutput]:
         tokenizer = self._checkpoint.tokenizer

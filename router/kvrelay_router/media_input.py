@@ -32,8 +32,10 @@ def media_items(request: pb.GenerateRequest) -> list[MediaItem]:
     return within or list(request.media)
 
 
-async def read_media(items: Sequence[MediaItem], limits: MediaLimits) -> tuple[MediaInput, ...]:
-    """Decodes, hashes and measures them in a thread.
+async def read_media(
+    items: Sequence[MediaItem], limits: MediaLimits, encoder_fingerprint: bytes
+) -> tuple[MediaInput, ...]:
+    """Decodes, names and measures them in a thread.
 
     Raises InvalidRequestError for what is no image or beyond the limits, UnsupportedError for what is not taken here.
     """
@@ -41,7 +43,7 @@ async def read_media(items: Sequence[MediaItem], limits: MediaLimits) -> tuple[M
         return ()
     if len(items) > limits.max_items:
         raise InvalidRequestError(f"media: {len(items)} items; allowed: {limits.max_items} a request", field="media")
-    return await asyncio.to_thread(lambda: tuple(_read(item, limits) for item in items))
+    return await asyncio.to_thread(lambda: tuple(_read(item, limits, encoder_fingerprint) for item in items))
 
 
 class MediaBudget:
@@ -67,8 +69,8 @@ class MediaBudget:
             self._num_bytes -= num_bytes
 
 
-def _read(item: MediaItem, limits: MediaLimits) -> MediaInput:
+def _read(item: MediaItem, limits: MediaLimits, encoder_fingerprint: bytes) -> MediaInput:
     if item.mime_type and not item.mime_type.startswith("image/"):
         raise UnsupportedError(f"media: {item.mime_type} is not taken here; send images", field="media")
     data = read_data_url(item.url, limits.max_item_bytes) if item.WhichOneof("source") == "url" else item.data
-    return MediaInput(media_hash(data), data, item.mime_type, read_image_header(data, limits))
+    return MediaInput(media_hash(data, encoder_fingerprint), data, item.mime_type, read_image_header(data, limits))

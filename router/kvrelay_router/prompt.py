@@ -42,7 +42,7 @@ class PromptReader:
     def accepts_messages(self) -> bool:
         return self._tokenizer is not None and self._tokenizer.template is not None
 
-    async def read(self, request: pb.GenerateRequest, max_model_len: int) -> Prompt:
+    async def read(self, request: pb.GenerateRequest, max_model_len: int, encoder_fingerprint: bytes) -> Prompt:
         """Long texts, messages and media are worked on in a thread.
 
         Raises InvalidRequestError, or UnsupportedError when the checkpoint lacks a tokenizer or template, or media
@@ -50,7 +50,7 @@ class PromptReader:
         kind = request.WhichOneof("prompt")
         if kind is None:
             raise InvalidRequestError("no prompt; set one of text, token_ids, messages", field="prompt")
-        items = await read_media(media_items(request), self._limits)
+        items = await read_media(media_items(request), self._limits, encoder_fingerprint)
         token_ids = await self._token_ids(request, kind, items, max_model_len)
         if self._placeholders is None:
             return Prompt(token_ids)

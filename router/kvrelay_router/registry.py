@@ -53,7 +53,7 @@ class Registry:
         self.prefill = {address: PrefillSession(address, terms) for address in prefill}
         self.decode = {address: DecodeSession(address, terms) for address in decode}
         self.encoders = {
-            address: EncoderSession(address, tls, partial(_require_role, address, "encoder"), self._on_change)
+            address: EncoderSession(address, tls, partial(self._admit_encoder, address), self._on_change)
             for address in encoder
         }
         self.on_load: Callable[[WorkerSession[Any]], None] = lambda session: None
@@ -126,6 +126,22 @@ class Registry:
         assert model is not None
         return model
 
+    async def wait_encoder_fingerprint(self, timeout_s: float) -> bytes:
+        """Of the encoders that serve: all of them have the same. Raises UnavailableError when none comes in time."""
+
+        def serving() -> EncoderSession | None:
+            return next((session for session in self.encoders.values() if session.is_serving), None)
+
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.wait_until(lambda: serving() is not None)
+        except TimeoutError:
+            message = f"no encoder serves, nor did one come within {timeout_s:g} s; try again later"
+            raise UnavailableError(message, role="encoder") from None
+        session = serving()
+        assert session is not None
+        return session.description.model_fingerprint
+
     def _on_change(self) -> None:
         self._changed.set()
         for owner, on_change in list(self._watchers.items()):
@@ -138,6 +154,17 @@ class Registry:
             if other is not session and other.is_up:
                 _require_same_model(session.key, description, other)
                 return
+
+    def _admit_encoder(self, key: str, description: worker_pb2.DescribeResponse) -> None:
+        _require_role(key, "encoder", description)
+        for other in self.encoders.values():
+            known = other.description.model_fingerprint
+            if other.key != key and other.is_serving and known != description.model_fingerprint:
+                raise MismatchError(
+                    f"encoder {key} has another tower or image processor than {other.key} (fingerprint "
+                    f"{description.model_fingerprint.hex()[:16]} against {known.hex()[:16]}); start both with the same "
+                    "checkpoint and dtype"
+                )
 
 
 def _require_role(key: str, role: str, description: worker_pb2.DescribeResponse) -> None:

@@ -190,7 +190,7 @@ def test_a_killed_supervisor_takes_everybody_with_it(model_dir: Path) -> None:
 
 
 def test_an_idle_process_sleeps(cluster: Cluster) -> None:
-    """The aim is 1 % of a core, and `bench/relay.py` measures it (0.4 %); a slow machine may need half as much again."""
+    """The aim is 1 % of a core, which `bench/relay.py` measures (0.4 %); a slow machine needs half as much again."""
     cluster.assert_no_leaks()
     pids = [cluster.up_pid, *descendants(cluster.up_pid)]
     before = {pid: cpu_seconds(pid) for pid in pids}

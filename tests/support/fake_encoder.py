@@ -18,11 +18,13 @@ from kvrelay_core.errors import KvRelayError, UnsupportedError
 from kvrelay_core.media.media_hash import media_hash
 from kvrelay_core.rpc.server import RpcServer
 
+FINGERPRINT = b"tower"  # of every one that is not told otherwise
+
 
 class EncodeCall:
-    def __init__(self, request: encoder_pb2.EncodeRequest) -> None:
+    def __init__(self, request: encoder_pb2.EncodeRequest, fingerprint: bytes) -> None:
         self.request = request
-        self.hashes = [media_hash(item.data) for item in request.media]
+        self.hashes = [media_hash(item.data, fingerprint) for item in request.media]
         self.cancelled = asyncio.Event()
         self.answer: asyncio.Future[encoder_pb2.EncodeResponse] = asyncio.get_running_loop().create_future()
 
@@ -49,6 +51,7 @@ class FakeEncoder:
     def __init__(self, worker_id: str, num_tokens: int | None = None) -> None:
         self.worker_id = worker_id
         self.num_tokens = num_tokens  # of every item; None: the test answers
+        self.fingerprint = FINGERPRINT
         self.role: worker_pb2.Role.ValueType = worker_pb2.ROLE_ENCODER
         self.is_draining = False
         self.reports_end = asyncio.Event()  # set: it ends the reports of its load, and nothing else
@@ -78,7 +81,7 @@ class FakeEncoder:
             return await self._new_calls.get()
 
     async def take(self, request: encoder_pb2.EncodeRequest) -> encoder_pb2.EncodeResponse:
-        call = EncodeCall(request)
+        call = EncodeCall(request, self.fingerprint)
         self.calls.append(call)
         self._new_calls.put_nowait(call)
         if self.num_tokens is not None:
@@ -108,7 +111,9 @@ class _Describing(WorkerServiceServicer):
         self, request: worker_pb2.DescribeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> worker_pb2.DescribeResponse:
         worker = common_pb2.WorkerRef(worker_id=self._encoder.worker_id, address=self._encoder.address)
-        return worker_pb2.DescribeResponse(worker=worker, role=self._encoder.role)
+        return worker_pb2.DescribeResponse(
+            worker=worker, role=self._encoder.role, model_fingerprint=self._encoder.fingerprint
+        )
 
     async def WatchLoad(self, request: worker_pb2.WatchLoadRequest, context: Any) -> AsyncIterator[Any]:
         yield worker_pb2.WatchLoadResponse(draining=self._encoder.is_draining)

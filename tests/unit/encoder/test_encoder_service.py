@@ -73,7 +73,7 @@ async def test_each_item_gets_a_ticket_in_the_order_asked(fake: Fake) -> None:
     call = encode(fake, request)
     first, second = [await fake.engine.expect(EncodeItem) for _ in range(2)]
     assert [(one.data, one.content_hash) for one in (first, second)] == [
-        (b"one", media_hash(b"one")), (b"two", media_hash(b"two"))
+        (b"one", media_hash(b"one", b"model")), (b"two", media_hash(b"two", b"model"))
     ]  # fmt: skip
     for command in (second, first):
         fake.engine.dispatch(ItemEncoded(command.id, ticket_for(fake, command)))

@@ -42,6 +42,7 @@ def test_malformed_or_too_much_data_is_refused(url: str) -> None:
     assert caught.value.metadata["field"] == "media"
 
 
-def test_the_hash_is_of_the_bytes_and_never_changes() -> None:
-    assert media_hash(b"cat").hex() == "e81a77c11bbb24daa3d9a3d0edf857f38255b27f408822cc2b71770871241f1b"
-    assert media_hash(b"cat") != media_hash(b"cat ")
+def test_the_name_is_of_bytes_and_encoder_and_never_changes() -> None:
+    assert media_hash(b"cat", b"tower").hex() == "ccaad9ceda87d1af0d6944a78bcc9c425460210126cd8339065cb930fb34be5c"
+    names = {media_hash(b"cat", b"tower"), media_hash(b"cat ", b"tower"), media_hash(b"cat", b"other")}
+    assert len(names | {media_hash(b"tower", b"cat")}) == 4

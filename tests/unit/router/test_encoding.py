@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_encoder import FINGERPRINT
 from fake_relay import Relay, RelayMaker, rest_of, tokens
 from fake_worker import PrefillCall, decode_well, prefill_well
 from media_checkpoints import encode_image, qwen_id, write_qwen
@@ -71,7 +72,7 @@ async def test_prefill_gets_a_ticket_for_each_image_and_decode_gets_none(make_re
     behave(relay)
     await done(look(relay, CAT, DOG, CAT))
     (call,) = relay.prefill[0].calls.values()
-    hashes = [media_hash(image) for image in (CAT, DOG, CAT)]
+    hashes = [media_hash(image, FINGERPRINT) for image in (CAT, DOG, CAT)]
     assert [reference.content_hash for reference in call.media] == hashes
     assert [reference.ticket.content_hash for reference in call.media] == hashes
     assert [(item.offset, item.num_tokens, item.grid) for item in call.generation.media] == [
@@ -106,9 +107,9 @@ async def test_messages_with_images_and_data_urls(make_relay: RelayMaker) -> Non
     ]
     await done(relay.client.generate(messages=[{"role": "user", "content": parts}], max_tokens=3))
     (call,) = relay.prefill[0].calls.values()
-    assert [item.content_hash for item in call.media] == [media_hash(CAT), media_hash(DOG)]
+    assert [item.content_hash for item in call.media] == [media_hash(CAT, FINGERPRINT), media_hash(DOG, FINGERPRINT)]
     assert call.generation.prompt.count(PAD) == 2 * ROWS
-    assert seen(relay) == [[media_hash(CAT), media_hash(DOG)]]
+    assert seen(relay) == [[media_hash(CAT, FINGERPRINT), media_hash(DOG, FINGERPRINT)]]
 
 
 @pytest.mark.parametrize(
@@ -166,7 +167,7 @@ async def test_who_has_an_image_is_asked_for_it_though_another_one_has_less_to_d
     waiting = look(relay, OX)
     ox = await holder.next_call()  # of equals, the first by key
     await done(look(relay, DOG))
-    assert [call.hashes for call in other.calls] == [[media_hash(DOG)]]
+    assert [call.hashes for call in other.calls] == [[media_hash(DOG, FINGERPRINT)]]
     again = look(relay, CAT)
     (await holder.next_call()).succeed(ROWS)
     await done(again)
@@ -279,7 +280,7 @@ async def test_a_lost_embedding_is_encoded_elsewhere_and_prefill_opened_again(ma
     relay.prefill[0].behaviour = None
     stream = look(relay, CAT)
     first = await relay.prefill[0].next_call()
-    first.fail(EmbeddingLostError("its encoder restarted", media=media_hash(CAT).hex()))
+    first.fail(EmbeddingLostError("its encoder restarted", media=media_hash(CAT, FINGERPRINT).hex()))
     second = await relay.prefill[0].next_call()
     await prefill_well(second)
     await done(stream)
@@ -335,3 +336,33 @@ async def test_a_worker_of_another_role_is_kept_out(make_relay: RelayMaker) -> N
     await relay.encoders[0].start()
     async with asyncio.timeout(5):
         await relay.server.registry.wait_until(lambda: session.state.value == "refused")
+
+
+async def test_an_encoder_with_another_tower_is_kept_out(make_relay: RelayMaker) -> None:
+    relay = await make_relay(num_encoders=2)
+    behave(relay)
+    first, second = relay.encoders
+    await second.stop()
+    second.fingerprint = b"another tower"
+    await second.start()
+    for _ in range(3):
+        await done(look(relay, CAT))
+    assert len(first.calls) >= 1
+    assert not second.calls
+
+
+async def test_another_tower_makes_another_item_of_the_same_picture(make_relay: RelayMaker) -> None:
+    relay = await make_relay(num_encoders=1)
+    behave(relay)
+    (encoder,) = relay.encoders
+    await done(look(relay, CAT))
+    await encoder.stop()
+    encoder.fingerprint = b"another tower"
+    await encoder.start()
+    await done(look(relay, CAT))
+    assert [call.hashes for call in encoder.calls] == [
+        [media_hash(CAT, FINGERPRINT)],
+        [media_hash(CAT, b"another tower")],
+    ]
+    first, second = relay.prefill[0].calls.values()
+    assert first.media[0].content_hash != second.media[0].content_hash

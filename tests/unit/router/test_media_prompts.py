@@ -58,7 +58,7 @@ class Family:
 
     async def read(self, messages: list[tuple[str, list[Part]]]) -> Prompt:
         wire = [pb.ChatMessage(role=role, content=map(part_of, parts)) for role, parts in messages]
-        return await self.reader.read(pb.GenerateRequest(messages=pb.ChatMessages(messages=wire)), 10**6)
+        return await self.reader.read(pb.GenerateRequest(messages=pb.ChatMessages(messages=wire)), 10**6, b"tower")
 
 
 def reference_part(part: Part) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def check(family: Family, prompt: Prompt, images: list[int]) -> None:
     check_references(prompt.media, len(prompt.token_ids))
     covered = [at for item in prompt.media for at in range(item.offset, item.offset + item.num_tokens)]
     assert covered == [at for at, token in enumerate(prompt.token_ids) if token == family.pad]
-    assert [item.content_hash for item in prompt.items] == [media_hash(IMAGES[index]) for index in images]
+    assert [item.content_hash for item in prompt.items] == [media_hash(IMAGES[index], b"tower") for index in images]
     first_runs = [item.content_hash for item in prompt.media if not item.first_row]
     assert first_runs == [item.content_hash for item in prompt.items]
 
@@ -155,12 +155,12 @@ async def test_text_with_marks_equals_the_reference(families: dict[str, Family],
     images = [Image.open(io.BytesIO(IMAGES[index])) for index in (1, 0)]
     expected = family.processor(text=text, images=images, **crops)["input_ids"][0]
     media = [common_pb2.MediaItem(data=IMAGES[index]) for index in (1, 0)]
-    prompt = await family.reader.read(pb.GenerateRequest(text=text, media=media), 10**6)
+    prompt = await family.reader.read(pb.GenerateRequest(text=text, media=media), 10**6, b"tower")
     assert list(prompt.token_ids) == list(expected)
     check(family, prompt, [1, 0])
     for given_ids in (expected, [*collapsed(family, prompt)]):
         request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=given_ids), media=media)
-        again = await family.reader.read(request, 10**6)
+        again = await family.reader.read(request, 10**6, b"tower")
         assert list(again.token_ids) == list(expected) and again.media == prompt.media
 
 
@@ -233,7 +233,7 @@ async def test_what_does_not_fit_together_is_refused(
     families: dict[str, Family], request_: pb.GenerateRequest, error: type[KvRelayError], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        await families["qwen"].reader.read(request_, 10**6)
+        await families["qwen"].reader.read(request_, 10**6, b"tower")
 
 
 async def test_a_mark_in_somebodys_text_does_not_take_an_images_place(families: dict[str, Family]) -> None:
