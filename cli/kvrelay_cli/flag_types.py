@@ -49,6 +49,10 @@ def addresses(text: str) -> tuple[str, ...]:
     return tuple(address(part.strip()) for part in text.split(",") if part.strip())
 
 
+def names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 def integers(text: str) -> tuple[int, ...]:
     """Comma-separated, such as `1,2,3`; the empty text is no number at all."""
     try:

@@ -31,7 +31,7 @@ WORKER_FLAGS = (
     "--max-patches",
 )
 # What `up` hands to the router as it is.
-ROUTER_FLAGS = ("--served-model-name", "--api-key-file", "--placement")
+ROUTER_FLAGS = ("--served-model-name", "--api-key-file", "--placement", "--media-url-hosts")
 SHARED_FLAGS = ("--model", "--drain-timeout", "--log-level", "--tls-cert", "--tls-key", "--tls-ca")
 
 
@@ -142,6 +142,13 @@ def add_router_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--served-model-name", metavar="NAME", help="what requests call the model")
     group.add_argument(
         "--api-key-file", metavar="FILE", help="file with one accepted bearer token a line; without it, no check"
+    )
+    group.add_argument(
+        "--media-url-hosts",
+        type=flag_types.names,
+        default=(),
+        metavar="HOST,...",
+        help="from where images may be fetched by URL: HOST, *.DOMAIN, HOST:PORT or * (default: none are)",
     )
 
 

@@ -87,6 +87,12 @@ def _passed_on(args: argparse.Namespace, flags: tuple[str, ...]) -> tuple[str, .
     words: list[str] = []
     for flag in flags:
         value = getattr(args, flag.lstrip("-").replace("-", "_"))
-        if value is not None:
-            words += [flag, f"{value:g}" if isinstance(value, float) else str(value)]
+        if value is not None and value != ():
+            words += [flag, _text_of(value)]
     return tuple(words)
+
+
+def _text_of(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -42,7 +42,7 @@ class GenerateOptions(SamplingOptions, total=False):
     priority: int
     ttft_ms: float
     itl_ms: float
-    media: Sequence[bytes | str]  # of a prompt or token ids, in order: an image file's bytes, or a data: URL
+    media: Sequence[bytes | str]  # of a prompt or token ids, in order: an image file's bytes, or a URL
 
 
 def build_request(
@@ -105,7 +105,7 @@ def _part(part: Mapping[str, Any]) -> inference_pb2.ContentPart:
         case {"type": "image_url", "image_url": {"url": str() as url}}:
             return inference_pb2.ContentPart(media=_media_item(url))
     raise InvalidRequestError(
-        'a content part must be {"type": "text", "text": ...}, {"type": "image", "image": bytes or data URL} or '
+        'a content part must be {"type": "text", "text": ...}, {"type": "image", "image": bytes or URL} or '
         '{"type": "image_url", "image_url": {"url": ...}}',
         field="messages",
     )

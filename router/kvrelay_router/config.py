@@ -9,6 +9,7 @@ from msgspec import Struct
 
 from kvrelay_core.errors import ConfigError
 from kvrelay_core.media.limits import MediaLimits
+from kvrelay_core.media.url_rules import UrlRules
 from kvrelay_core.rpc.channel import TlsFiles
 from kvrelay_core.rpc.exposure import check_pem_files, is_loopback
 
@@ -50,6 +51,8 @@ class RouterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     placement_wait_s: float = 5.0  # how long a request waits for a role of which no worker serves
     refused_wait_s: float = 2.0  # how long it waits when no decode worker has room for its KV
     encode_s: float = 30.0  # how long one encoder may take for one request's images
+    media_url_hosts: list[str] = []  # from where images may be fetched (url_rules.py); empty: no URLs but data:
+    media_url_s: float = 10.0  # how long it may take to fetch one
     reflection: bool = True
     limits: RequestLimits = RequestLimits()
     media_limits: MediaLimits = MediaLimits()
@@ -74,6 +77,7 @@ class RouterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         _check_addresses("decode", self.decode)
         _check_addresses("encoder", self.encoder)
         self.media_limits.validate()
+        UrlRules(tuple(self.media_url_hosts))
         workers = [*self.prefill, *self.decode, *self.encoder]
         if len(set(workers)) != len(workers):
             raise ConfigError("a worker address is listed twice; each process has one role", field="prefill")
@@ -83,7 +87,7 @@ class RouterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         for name in ("drain_s", "max_replacements", "placement_wait_s", "refused_wait_s"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must not be negative", field=name)
-        for name in ("max_unsent_tokens", "slow_client_s", "reattach_s", "encode_s"):
+        for name in ("max_unsent_tokens", "slow_client_s", "reattach_s", "encode_s", "media_url_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0", field=name)
 

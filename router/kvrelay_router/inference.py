@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +18,22 @@ from kvrelay.v1 import inference_pb2 as pb
 from kvrelay.v1.inference_pb2_grpc import InferenceServiceServicer
 from kvrelay_core.checkpoint import GenerationDefaults
 from kvrelay_core.clock import Clock
-from kvrelay_core.errors import DeadlineError, DrainingError, KvRelayError, OverloadedError, RequestCancelledError
+from kvrelay_core.errors import (
+    ConfigError,
+    DeadlineError,
+    DrainingError,
+    KvRelayError,
+    OverloadedError,
+    RequestCancelledError,
+)
 from kvrelay_core.media.processor_config import ProcessorConfig
+from kvrelay_core.media.url_rules import UrlRules
 from kvrelay_core.tracing import TRACE_PARENT, end_span, start_span, trace_parent_of
 from kvrelay_router.choice_output import ChoiceOutput
 from kvrelay_router.config import RouterConfig
 from kvrelay_router.detokenizer import Detokenizer
 from kvrelay_router.fleet import Fleet
-from kvrelay_router.media_input import MediaBudget, media_items
+from kvrelay_router.media_input import MediaBudget, MediaFetcher, media_items
 from kvrelay_router.placement_wait import WaitTerms
 from kvrelay_router.prompt import PromptReader
 from kvrelay_router.request_run import RequestRun, RunIdentity
@@ -56,7 +64,9 @@ class InferenceServicer(InferenceServiceServicer):
         )
         no_media = why_no_media(config, checkpoint.processor)
         self._checker = RequestChecker(config.served_name, checkpoint.defaults, config.limits, no_media)
-        self._prompts = PromptReader(checkpoint.tokenizer, checkpoint.processor, config.media_limits)
+        self._prompts = PromptReader(
+            checkpoint.tokenizer, checkpoint.processor, config.media_limits, make_fetcher(config)
+        )
         self._media = MediaBudget(config.media_limits.max_bytes_in_progress)
         self._runs: set[RequestRun] = set()
         self._num_calls = 0
@@ -78,8 +88,8 @@ class InferenceServicer(InferenceServiceServicer):
         try:
             time_left_s = context.time_remaining()
             deadline_at_s = None if time_left_s is None else self._clock.now() + time_left_s
-            with _span(context) as trace_parent, self._media.hold(request):
-                run = await self._prepare(request, deadline_at_s, trace_parent)
+            with _span(context) as trace_parent, self._media.hold(request) as take_media:
+                run = await self._prepare(request, deadline_at_s, trace_parent, take_media)
                 with self._running(run, deadline_at_s):
                     await self._write_all(run, context)
         finally:
@@ -135,11 +145,18 @@ class InferenceServicer(InferenceServiceServicer):
         if not self._num_calls:
             self._idle.set()
 
-    async def _prepare(self, request: pb.GenerateRequest, deadline_at_s: float | None, trace_parent: str) -> RequestRun:
+    async def _prepare(
+        self,
+        request: pb.GenerateRequest,
+        deadline_at_s: float | None,
+        trace_parent: str,
+        take_media: Callable[[int], None],
+    ) -> RequestRun:
         arrived_s = self._clock.now()
         self._checker.check_envelope(request)
         model = await self._fleet.registry.wait_model(self._config.placement_wait_s)
-        prompt = await self._prompts.read(request, model.max_model_len, await self._encoder_of(request))
+        encoder = await self._encoder_of(request)
+        prompt = await self._prompts.read(request, model.max_model_len, encoder, take_media)
         checked = self._checker.complete(request, prompt, model)
         request_id = uuid.uuid4().hex
         response = ResponseStream(
@@ -214,6 +231,21 @@ def why_no_media(config: RouterConfig, processor: ProcessorConfig | None) -> str
     if not config.prefill:
         return "images need a prefill worker; start one, and the router with --prefill HOST:PORT"
     return ""
+
+
+def make_fetcher(config: RouterConfig) -> MediaFetcher | None:
+    """None where no URLs are to be fetched. Raises ConfigError when the extra for it is missing."""
+    if not config.media_url_hosts:
+        return None
+    try:
+        from kvrelay_core.media.url_fetch import UrlFetcher
+    except ImportError as error:
+        raise ConfigError(f"--media-url-hosts needs pip install 'kvrelay[media-url]' ({error})") from error
+    return UrlFetcher(
+        UrlRules(tuple(config.media_url_hosts)),
+        max_bytes=config.media_limits.max_item_bytes,
+        timeout_s=config.media_url_s,
+    )
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ Knows the tokenizer; nothing of sampling or workers.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from kvrelay_core.errors import InvalidRequestError, UnsupportedError
 from kvrelay_core.media.limits import MediaLimits
 from kvrelay_core.media.processor_config import ProcessorConfig
 from kvrelay_core.request import MediaReference
-from kvrelay_router.media_input import MediaInput, media_items, read_media
+from kvrelay_router.media_input import MediaFetcher, MediaInput, media_items, read_media
 from kvrelay_router.placeholders import make_placeholders
 from kvrelay_router.tokenizer import LONG_TEXT_CHARS, Tokenizer
 
@@ -28,11 +28,20 @@ class Prompt:
 
 
 class PromptReader:
-    def __init__(self, tokenizer: Tokenizer | None, processor: ProcessorConfig | None, limits: MediaLimits) -> None:
-        """Raises ConfigError when tokenizer and image processor do not fit each other."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        processor: ProcessorConfig | None,
+        limits: MediaLimits,
+        fetcher: MediaFetcher | None = None,
+    ) -> None:
+        """Without a fetcher, no URLs but `data:` are taken.
+
+        Raises ConfigError when tokenizer and image processor do not fit each other."""
         self._tokenizer = tokenizer
         self._placeholders = make_placeholders(processor, tokenizer)
         self._limits = limits
+        self._fetcher = fetcher
 
     @property
     def accepts_text(self) -> bool:
@@ -42,15 +51,21 @@ class PromptReader:
     def accepts_messages(self) -> bool:
         return self._tokenizer is not None and self._tokenizer.template is not None
 
-    async def read(self, request: pb.GenerateRequest, max_model_len: int, encoder_fingerprint: bytes) -> Prompt:
-        """Long texts, messages and media are worked on in a thread.
+    async def read(
+        self,
+        request: pb.GenerateRequest,
+        max_model_len: int,
+        encoder_fingerprint: bytes,
+        on_media_bytes: Callable[[int], None] = lambda _: None,
+    ) -> Prompt:
+        """Long texts, messages and media are worked on in a thread. `on_media_bytes` is told of bytes that are fetched.
 
         Raises InvalidRequestError, or UnsupportedError when the checkpoint lacks a tokenizer or template, or media
-        would have to be fetched."""
+        may not be fetched; UnavailableError when that failed."""
         kind = request.WhichOneof("prompt")
         if kind is None:
             raise InvalidRequestError("no prompt; set one of text, token_ids, messages", field="prompt")
-        items = await read_media(media_items(request), self._limits, encoder_fingerprint)
+        items = await read_media(media_items(request), self._limits, encoder_fingerprint, self._fetcher, on_media_bytes)
         token_ids = await self._token_ids(request, kind, items, max_model_len)
         if self._placeholders is None:
             return Prompt(token_ids)

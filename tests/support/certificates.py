@@ -23,12 +23,12 @@ class CertificateAuthority:
             f"/CN={name}", "-addext", "keyUsage=critical,keyCertSign",
         )  # fmt: skip
 
-    def issue(self, name: str) -> TlsFiles:
-        """For a server on 127.0.0.1 and for its calls to others."""
+    def issue(self, name: str, host: str = "IP:127.0.0.1") -> TlsFiles:
+        """For a server on `host` and for its calls to others."""
         certificate, key = self._directory / f"{name}.pem", self._directory / f"{name}.key"
         _openssl(
             "req", "-x509", *_NEW_KEY, "-keyout", key, "-out", certificate, "-days", "1", "-subj", f"/CN={name}",
-            "-addext", "subjectAltName=IP:127.0.0.1", "-CA", self.certificate, "-CAkey", self._key,
+            "-addext", f"subjectAltName={host}", "-CA", self.certificate, "-CAkey", self._key,
         )  # fmt: skip
         return TlsFiles(certificate, key, self.certificate)
 

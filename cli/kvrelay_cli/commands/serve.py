@@ -117,6 +117,7 @@ def router_config(args: argparse.Namespace) -> RouterConfig:
         decode=list(args.decode),
         encoder=list(args.encoder),
         api_key_file=args.api_key_file,
+        media_url_hosts=list(args.media_url_hosts),
         drain_s=args.drain_timeout,
         **_exposure(args),
         **_without_none(given),

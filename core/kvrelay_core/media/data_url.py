@@ -10,12 +10,16 @@ from kvrelay_core.errors import InvalidRequestError, UnsupportedError
 _PREFIX = "data:"
 
 
+def is_data_url(url: str) -> bool:
+    return url[: len(_PREFIX)].lower() == _PREFIX
+
+
 def read_data_url(url: str, max_bytes: int) -> bytes:
     """The data, at most `max_bytes`.
 
     Raises UnsupportedError for a URL that would have to be fetched, InvalidRequestError for malformed or too much data.
     """
-    if url[: len(_PREFIX)].lower() != _PREFIX:
+    if not is_data_url(url):
         raise UnsupportedError(
             "media: fetching of URLs is off; send the image's bytes, or a URL that begins with data:", field="media"
         )

@@ -61,9 +61,12 @@ def test_the_router_knows_its_workers() -> None:
             "h:4,h:5",
             "--served-model-name",
             "name",
+            "--media-url-hosts",
+            "pics.test, *.cdn.test",
         )
     )
     assert (config.prefill, config.decode, config.served_name) == (["h:1"], ["h:2", "h:3"], "name")
     assert config.encoder == ["h:4", "h:5"]
     assert config.placement == "least_load"
+    assert config.media_url_hosts == ["pics.test", "*.cdn.test"]
     config.validate()

@@ -94,8 +94,9 @@ def test_serve_takes_every_command_that_up_makes() -> None:
         "--block-tokens 16 --kv-blocks 40 --memory-fraction 0.5 --max-model-len 100 --max-num-seqs 4 --dtype float32 "
         "--max-batched-tokens 64 --threads-per-worker 1 --connector shm --placement least_load --log-level debug "
         "--tls-cert c --tls-key k --tls-ca a --allow-insecure "
-        "--served-model-name name --api-key-file keys --device cuda --prefill-devices 0 --decode-devices 1 "
-        "--encoder 1 --encoder-devices 2 --embedding-mib 64 --max-patches 100"
+        "--served-model-name name --api-key-file keys --media-url-hosts pics.test,*.cdn.test:8443 "
+        "--device cuda --prefill-devices 0 --decode-devices 1 --encoder 1 --encoder-devices 2"
+        " --embedding-mib 64 --max-patches 100"
     )
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)
@@ -103,6 +104,8 @@ def test_serve_takes_every_command_that_up_makes() -> None:
         args = parser.parse_args(spec.command[2:])
         assert args.role == spec.role
         assert args.model == "m"
+        if args.role == "router":
+            assert args.media_url_hosts == ("pics.test", "*.cdn.test:8443")
 
 
 def test_threads_are_an_equal_share_of_the_cores() -> None:
