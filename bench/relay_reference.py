@@ -39,12 +39,12 @@ class Reference:
         return tokens
 
     def _generate(self, prompts: list[list[int]], num_tokens: int) -> Stream:
-        arrivals = _Arrivals()
+        arrivals = Arrivals()
         with torch.inference_mode():
             self._run(torch.tensor(prompts), num_tokens, arrivals)
         return Stream(tuple(arrivals.times_s))
 
-    def _run(self, ids: torch.Tensor, num_tokens: int, arrivals: _Arrivals | None) -> torch.Tensor:
+    def _run(self, ids: torch.Tensor, num_tokens: int, arrivals: Arrivals | None) -> torch.Tensor:
         mask = torch.ones_like(ids)
         answer: torch.Tensor = self._model.generate(
             ids,
@@ -56,13 +56,13 @@ class Reference:
         return answer
 
 
-class _Arrivals:
+class Arrivals:
     """Called by `generate` after every token."""
 
     def __init__(self) -> None:
-        self._started_s = time.perf_counter()
+        self.started_s = time.perf_counter()
         self.times_s: list[float] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
-        self.times_s.append(time.perf_counter() - self._started_s)
+        self.times_s.append(time.perf_counter() - self.started_s)
         return torch.zeros(input_ids.shape[0], dtype=torch.bool)

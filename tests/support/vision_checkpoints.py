@@ -78,16 +78,26 @@ _GEMMA_VISION: dict[str, Any] = {
 }
 
 
-def make_qwen2_5_vl(directory: Path, *, seed: int = 0) -> Path:
-    """Writes a Qwen2.5-VL checkpoint; a picture is at most 64 x 64 pixels to it, i.e. 64 embeddings."""
+def make_qwen2_5_vl(
+    directory: Path,
+    *,
+    seed: int = 0,
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+    processor: dict[str, Any] | None = None,
+) -> Path:
+    """Writes a Qwen2.5-VL checkpoint; a picture is at most 64 x 64 pixels to it, i.e. 64 embeddings.
+
+    `text`, `vision` and `processor` are fields of the configurations that differ from this small one.
+    """
     import transformers
 
     ids = {token: media_token_id(token, QWEN_TOKENS, VOCAB_SIZE) for token in QWEN_TOKENS}
     rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 3, 3]}
     with quiet_transformers():
         config = transformers.Qwen2_5_VLConfig(
-            text_config={**_TEXT, "rope_parameters": rope},
-            vision_config=dict(_QWEN_VISION),
+            text_config={**_TEXT, "rope_parameters": rope, **(text or {})},
+            vision_config={**_QWEN_VISION, **(vision or {})},
             image_token_id=ids["<|image_pad|>"],
             video_token_id=ids["<|video_pad|>"],
             vision_start_token_id=ids["<|vision_start|>"],
@@ -97,7 +107,7 @@ def make_qwen2_5_vl(directory: Path, *, seed: int = 0) -> Path:
         draw_parameters(model, seed)
         draw_tower(model.model.visual, seed)
         model.save_pretrained(directory)
-    processor = {
+    processor_fields = {
         "image_processor_type": "Qwen2VLImageProcessor",
         "patch_size": 4,
         "temporal_patch_size": 2,
@@ -106,8 +116,9 @@ def make_qwen2_5_vl(directory: Path, *, seed: int = 0) -> Path:
         "max_pixels": 64 * 64,
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
+        **(processor or {}),
     }
-    _write_rest(directory, processor, QWEN_TOKENS, QWEN_TEMPLATE)
+    _write_rest(directory, processor_fields, QWEN_TOKENS, QWEN_TEMPLATE)
     return directory
 
 
