@@ -35,7 +35,7 @@ from encoder_questions import (  # noqa: E402
     make_model,
 )
 from encoder_reference import Reference  # noqa: E402
-from measured import Stream, print_table, provenance, write_result  # noqa: E402
+from measured import OthersCpu, Stream, print_table, provenance, write_result  # noqa: E402
 from msgspec import Struct  # noqa: E402
 
 from kvrelay_client import AsyncClient  # noqa: E402
@@ -53,6 +53,7 @@ class Side(Struct, frozen=True):
 def main() -> int:
     args = parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])  # of all that is started from here too
+    others = OthersCpu()
     with tempfile.TemporaryDirectory(prefix="kvrelay-bench-") as folder:
         model_dir = make_model(Path(folder) / "model")
         reference = Reference(model_dir)
@@ -70,6 +71,7 @@ def main() -> int:
             sides[f"transformers, {num_threads} threads"] = measure_reference(args, reference)
     result = {
         "provenance": provenance(),
+        "cores_used_by_others": round(others.cores(), 2),
         "settings": {name: getattr(args, name) for name in ("cores", "rate", "requests", "max_tokens")},
         "ttft_ms": {name: side.ttft_ms for name, side in sides.items()},
         "at_rate_ms": {name: side.at_rate_ms for name, side in sides.items()},
@@ -184,7 +186,7 @@ def print_result(result: dict[str, Any]) -> None:
     print(
         f"Qwen2.5-VL with 8 x 512 of text and 8 x 320 of tower, float32; an image has {IMAGE_SIDE} x {IMAGE_SIDE} "
         f"pixels, {PATCHES_PER_IMAGE} patches, {TOKENS_PER_IMAGE} tokens; {TEXT_TOKENS} tokens of text; "
-        f"{source['cpu']}, {source['cores']} cores; commit {source['commit']}\n"
+        f"{source['cpu']}, {source['cores']} cores; commit {source['commit']}; others used {result['cores_used_by_others']:.2f} cores meanwhile\n"
     )
     ttft_rows = [
         (system, what, f"{value:.0f}") for system, cells in result["ttft_ms"].items() for what, value in cells.items()

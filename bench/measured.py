@@ -7,6 +7,7 @@ import os
 import platform
 import statistics
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,30 @@ def provenance() -> dict[str, str]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
     }
+
+
+class OthersCpu:
+    """How much of this machine's CPU processes that are not ours used since this was made: a measurement beside which
+    others computed is worth little. Processes of ours count once they have ended."""
+
+    def __init__(self) -> None:
+        self._started_s, self._busy_s, self._own_s = time.monotonic(), _busy_s(), _own_s()
+
+    def cores(self) -> float:
+        """On average."""
+        others_s = (_busy_s() - self._busy_s) - (_own_s() - self._own_s)
+        return max(0.0, others_s / (time.monotonic() - self._started_s))
+
+
+def _busy_s() -> float:
+    """Of all CPUs together: everything but idle and waiting for disks."""
+    user, nice, system, _idle, _wait, irq, soft_irq, *_ = map(int, Path("/proc/stat").read_text().split()[1:9])
+    return (user + nice + system + irq + soft_irq) / os.sysconf("SC_CLK_TCK")
+
+
+def _own_s() -> float:
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
 
 
 def write_result(name: str, result: dict[str, Any]) -> Path:
