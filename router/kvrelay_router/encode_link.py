@@ -6,7 +6,7 @@ While no encoder serves, the items wait for one, for a while: a restart takes se
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -52,6 +52,10 @@ class EncodeLink:
             entry.stop()
             entry.release()
 
+    def release(self, tickets: Iterable[tuple[str, EmbeddingTicket]]) -> None:
+        for encoder, ticket in tickets:
+            self._fleet.registry.encoders[encoder].release([ticket])
+
     # --------------------------------------------------------------------------------------- calls
 
     def _call(self, action: Encode, encoder: str, items: tuple[bytes, ...]) -> None:
@@ -77,6 +81,8 @@ class EncodeLink:
         self._under_way.pop(token).release()
         found = answer if isinstance(answer, KvRelayError) else self._tickets(answer, encoder, items)
         if isinstance(found, KvRelayError):
+            if isinstance(answer, EncodeResponse):
+                self._fleet.registry.encoders[encoder].release(answer.tickets)
             self._run.feed(EncodeFailed(action.leg, action.attempt, encoder, items, found))
             return
         for item in items:

@@ -26,6 +26,13 @@ class CancelEncode(LegAction):
 
 
 @dataclass(frozen=True, slots=True)
+class ReleaseEmbeddings(LegAction):
+    """No prefill worker reads these, or goes on reading them: give their pins back."""
+
+    tickets: tuple[tuple[str, EmbeddingTicket], ...]  # each with the encoder that issued it
+
+
+@dataclass(frozen=True, slots=True)
 class Encoded(LegEvent):
     encoder: str
     tickets: dict[bytes, EmbeddingTicket]  # never looked into here

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from kvrelay.v1.common_pb2 import EmbeddingTicket
 from kvrelay_core.errors import EmbeddingLostError, KvRelayError, UnavailableError, WorkerLostError
 from kvrelay_core.request import MediaReference
-from kvrelay_router.encode_messages import CancelEncode, Encode, Encoded, EncodeFailed
+from kvrelay_router.encode_messages import CancelEncode, Encode, Encoded, EncodeFailed, ReleaseEmbeddings
 from kvrelay_router.itinerary_messages import LegAction
 from kvrelay_router.leg import Leg
 from kvrelay_router.worker_errors import is_worth_another_place
@@ -59,10 +59,16 @@ class EncodeStage:
         """In the order in which the prompt has the items, each once."""
         return tuple(leg.embeddings[item] for item in self._items)
 
-    def cancel(self, leg: Leg) -> None:
+    def end(self, leg: Leg) -> None:
+        """The attempt has no prefill any more: it encodes nothing, and what its prefill did not live to release, or
+        never got, is released. Twice does no harm; what is not released is pinned until its lease ends."""
         if leg.is_encoding:
             leg.unencoded = set()
             self._do(CancelEncode(leg.key, leg.attempt))
+        if leg.embeddings:
+            tickets = tuple((leg.encoded_by[item], ticket) for item, ticket in leg.embeddings.items())
+            leg.embeddings = {}
+            self._do(ReleaseEmbeddings(leg.key, leg.attempt, tickets))
 
     def counts_as_replacement(self, leg: Leg, error: KvRelayError) -> bool:
         """Of an error that prefill ended with. Whose embedding it lost is asked elsewhere next."""

@@ -7,13 +7,17 @@ Whoever asks owns the call and may cancel it; answers go to it by plain calls. K
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import grpc
 
+from kvrelay.v1.common_pb2 import EmbeddingTicket
 from kvrelay.v1.encoder_pb2 import EncodeRequest, EncodeResponse
 from kvrelay.v1.encoder_pb2_grpc import EncoderServiceStub
+from kvrelay.v1.kv_source_pb2 import RELEASE_REASON_CANCELLED, ReleaseRequest
+from kvrelay.v1.kv_source_pb2_grpc import KvSourceServiceStub
 from kvrelay.v1.worker_pb2 import DescribeRequest, DescribeResponse, WatchLoadRequest
 from kvrelay.v1.worker_pb2_grpc import WorkerServiceStub
 from kvrelay_core.errors import (
@@ -60,6 +64,7 @@ class EncoderSession:
         self._on_change = on_change
         self._channel: grpc.aio.Channel | None = None
         self._calls: set[asyncio.Task[None]] = set()
+        self._releases: set[asyncio.Task[None]] = set()
 
     @property
     def is_serving(self) -> bool:
@@ -68,7 +73,7 @@ class EncoderSession:
     @property
     def num_open(self) -> int:
         """Calls that have not ended."""
-        return len(self._calls)
+        return len(self._calls) + len(self._releases)
 
     # --------------------------------------------------------------------------------------- calls
 
@@ -98,12 +103,41 @@ class EncoderSession:
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is None or task.cancelling():
+                await self._release_unheard(call)
                 raise
             # The channel was closed under it, which gRPC tells in the same way.
             answer = WorkerLostError(f"encoder {self.key} is lost", peer=self.key)
         finally:
             call.cancel()
         done(answer)
+
+    async def _release_unheard(self, call: grpc.aio.UnaryUnaryCall) -> None:  # type: ignore[type-arg]
+        """Tickets of an answer that crossed with the cancel."""
+        if call.done() and not call.cancelled():
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                self.release((await call).tickets)
+
+    def release(self, tickets: Iterable[EmbeddingTicket]) -> None:
+        """Gives pins back, in the background. Where that fails they go with their leases."""
+        if self._channel is None:
+            return
+        stub = KvSourceServiceStub(self._channel)
+        for ticket in tickets:
+            request = ReleaseRequest(embedding_ticket=ticket, reason=RELEASE_REASON_CANCELLED)
+            call = self._release(stub.Release(request, timeout=CONNECT_TIMEOUT_S))
+            task = asyncio.get_running_loop().create_task(call, name=f"release {self.key}")
+            self._releases.add(task)
+            task.add_done_callback(self._releases.discard)
+
+    async def _release(self, call: grpc.aio.UnaryUnaryCall) -> None:  # type: ignore[type-arg]
+        try:
+            await call
+        except grpc.aio.AioRpcError as error:
+            log.debug("a ticket was not released at encoder %s: %s", self.key, error.details())
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise  # else the channel was closed under it
 
     def _error_of(self, error: grpc.aio.AioRpcError, timeout_s: float) -> KvRelayError:
         typed = error_from_rpc(error, f"encoder {self.key}")
@@ -167,7 +201,7 @@ class EncoderSession:
             self._on_change()
 
     async def _cancel_calls(self) -> None:
-        calls = list(self._calls)
+        calls = [*self._calls, *self._releases]
         for call in calls:
             call.cancel()
         await asyncio.gather(*calls, return_exceptions=True)

@@ -213,6 +213,7 @@ class Itinerary:
         if leg.prefill in (PrefillState.NONE, PrefillState.CLOSED):
             return
         was, leg.prefill = leg.prefill, PrefillState.CLOSED
+        self._encoding.end(leg)
         counts = self._encoding.counts_as_replacement(leg, error)
         assert leg.route.prefill is not None
         if lost:
@@ -235,6 +236,7 @@ class Itinerary:
             action = m.ReleaseTicket if leg.prefill is PrefillState.FINISHED else m.CancelPrefill
             self._do(action(leg.key, leg.attempt, leg.route.prefill))
         leg.prefill = PrefillState.CLOSED
+        self._encoding.end(leg)
 
     # ---------------------------------------------------------------------------------------- decode
 
@@ -378,7 +380,6 @@ class Itinerary:
 
     def _close(self, leg: Leg, reason: str) -> None:
         self._abort_decode(leg, reason)
-        self._encoding.cancel(leg)
         self._close_prefill(leg)
         self._legs.pop(leg.key, None)
 

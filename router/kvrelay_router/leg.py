@@ -43,7 +43,7 @@ class Leg:
     generation: Generation | None = None  # as both workers get it
     ticket: KvTicket | None = None
     unencoded: set[bytes] = field(default_factory=set)  # media items without a ticket yet
-    embeddings: dict[bytes, EmbeddingTicket] = field(default_factory=dict)  # of the others
+    embeddings: dict[bytes, EmbeddingTicket] = field(default_factory=dict)  # of the others, until prefill has finished
     encoded_by: dict[bytes, str] = field(default_factory=dict)  # item -> encoder
     encode_failures: int = 0
     ended_at_decode: set[int] = field(default_factory=set)
@@ -101,6 +101,7 @@ class Leg:
     def prefill_finished(self) -> None:
         waits_for_decode = self.ticket is not None and self.decode in (DecodeState.NONE, DecodeState.OPEN)
         self.prefill = PrefillState.FINISHED if waits_for_decode else PrefillState.CLOSED
+        self.embeddings = {}  # it has released them
 
     def handoff_done(self) -> None:
         if self.decode is not DecodeState.OPEN:

@@ -17,7 +17,7 @@ from kvrelay_router import itinerary_messages as m
 from kvrelay_router.committer import Ending, Token
 from kvrelay_router.decode_session import DecodeSession
 from kvrelay_router.encode_link import EncodeLink
-from kvrelay_router.encode_messages import CancelEncode, Encode
+from kvrelay_router.encode_messages import CancelEncode, Encode, ReleaseEmbeddings
 from kvrelay_router.fleet import Fleet
 from kvrelay_router.placement import RequestView
 from kvrelay_router.placement_wait import PlacementWait, WaitTerms
@@ -171,6 +171,8 @@ class LegLink:
                 self._encodes.encode(action)
             case CancelEncode():
                 self._encodes.cancel()
+            case ReleaseEmbeddings(tickets=tickets):
+                self._encodes.release(tickets)
             case m.OpenPrefill():
                 self._open_prefill(action)
             case m.OpenDecode():

@@ -11,8 +11,9 @@ from typing import Any
 
 import grpc
 
-from kvrelay.v1 import common_pb2, encoder_pb2, worker_pb2
+from kvrelay.v1 import common_pb2, encoder_pb2, kv_source_pb2, worker_pb2
 from kvrelay.v1.encoder_pb2_grpc import EncoderServiceServicer, add_EncoderServiceServicer_to_server
+from kvrelay.v1.kv_source_pb2_grpc import KvSourceServiceServicer, add_KvSourceServiceServicer_to_server
 from kvrelay.v1.worker_pb2_grpc import WorkerServiceServicer, add_WorkerServiceServicer_to_server
 from kvrelay_core.errors import KvRelayError, UnsupportedError
 from kvrelay_core.media.media_hash import media_hash
@@ -56,6 +57,7 @@ class FakeEncoder:
         self.is_draining = False
         self.reports_end = asyncio.Event()  # set: it ends the reports of its load, and nothing else
         self.calls: list[EncodeCall] = []
+        self.released: list[bytes] = []  # items of the tickets that were given back
         self._new_calls: asyncio.Queue[EncodeCall] = asyncio.Queue()
         self._port = 0
         self._server: RpcServer | None = None
@@ -68,6 +70,7 @@ class FakeEncoder:
         self._server = RpcServer("127.0.0.1", self._port)
         add_WorkerServiceServicer_to_server(_Describing(self), self._server.server)
         add_EncoderServiceServicer_to_server(_Encoding(self), self._server.server)
+        add_KvSourceServiceServicer_to_server(_Source(self), self._server.server)
         self._port = await self._server.start()
 
     async def stop(self) -> None:
@@ -101,6 +104,15 @@ class _Encoding(EncoderServiceServicer):
         self, request: encoder_pb2.EncodeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> encoder_pb2.EncodeResponse:
         return await self._encoder.take(request)
+
+
+class _Source(KvSourceServiceServicer):
+    def __init__(self, encoder: FakeEncoder) -> None:
+        self._encoder = encoder
+
+    async def Release(self, request: kv_source_pb2.ReleaseRequest, context: Any) -> kv_source_pb2.ReleaseResponse:
+        self._encoder.released.append(request.embedding_ticket.content_hash)
+        return kv_source_pb2.ReleaseResponse(released=True)
 
 
 class _Describing(WorkerServiceServicer):

@@ -46,6 +46,7 @@ class World:
         self.encoded_by: dict[Key, dict[bytes, str]] = {}
         self.bad_encoders: dict[str, set[str]] = {}  # of each leg
         self.num_encoder_deaths = 0
+        self.pinned: dict[Key, set[bytes]] = {}  # tickets that encoders hold pins for
         self.client: dict[int, list[int]] = {index: [] for index in range(num_choices)}
         self.finished: set[int] = set()
         self.stopped: set[int] = set()
@@ -68,6 +69,8 @@ class World:
                     self.encode(action)
                 case e.CancelEncode(leg=leg, attempt=attempt):
                     del self.encoding[leg, attempt]
+                case e.ReleaseEmbeddings(leg=leg, attempt=attempt):
+                    self.release_embeddings((leg, attempt), action)
                 case m.OpenPrefill(leg=leg, attempt=attempt):
                     assert (leg, attempt) not in self.prefill
                     assert not self.encoding.get((leg, attempt)), "opened before all its images are encoded"
@@ -112,6 +115,11 @@ class World:
         assert action.avoided >= self.bad_encoders.get(action.leg, set()), "asked again where it failed"
         assert self.num_encoder_deaths < MAX_ENCODER_DEATHS, "yet another encoder is to die of it"
         under_way.update(action.items)
+
+    def release_embeddings(self, key: Key, action: e.ReleaseEmbeddings) -> None:
+        released = {ticket.content_hash: encoder for encoder, ticket in action.tickets}
+        assert released == self.encoded_by[key], "all that the attempt had, where it was encoded"
+        assert released.keys() == self.pinned.pop(key), "released twice, or after prefill has"
 
     def abort_choices(self, action: m.AbortChoices) -> None:
         call = self.decode[action.leg]
@@ -205,6 +213,7 @@ class World:
     def encoded(self, key: Key, items: set[bytes], encoder: str) -> None:
         self.encoding[key] -= items
         self.encoded_by.setdefault(key, {}).update(dict.fromkeys(items, encoder))
+        self.pinned.setdefault(key, set()).update(items)
         tickets = {item: EmbeddingTicket(content_hash=item) for item in items}
         self.feed(e.Encoded(*key, encoder, tickets))
 
@@ -240,6 +249,7 @@ class World:
     def finish_prefill(self, key: Key) -> None:
         call = self.prefill[key]
         call.finished = True
+        self.pinned.pop(key, None)  # it has released them
         if not call.handoff or call.handed_over or self.decode_is_through(key[0]):
             del self.prefill[key]  # it holds nothing any more
         tokens = [self.first_token(choice) for choice in call.generation.choices]
@@ -358,6 +368,7 @@ class World:
         assert not self.prefill, "a prefill request was never closed"
         assert not self.decode, "a decode request was never closed"
         assert not any(self.encoding.values()), "an encode was never cancelled"
+        assert not self.pinned, "a ticket that nobody will use was never released"
         if isinstance(self.outcomes[0], m.Complete):
             assert self.finished | self.stopped == self.client.keys()
         for choice, tokens in self.client.items():
