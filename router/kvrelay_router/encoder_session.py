@@ -197,6 +197,8 @@ class EncoderSession:
 
     def _set_state(self, state: WorkerState) -> None:
         if state is not self.state:
+            if state is WorkerState.SERVING:
+                log.info("encoder worker %s (%s) serves", self.description.worker.worker_id, self.key)
             self.state = state
             self._on_change()
 

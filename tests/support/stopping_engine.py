@@ -10,12 +10,17 @@ outside. Files in `RUN_DIR/stops`, each of which holds a number n and goes when 
     copied   the reader's copy has ended and the words are not read              (shm, nixl)
     arrive   the reader has verified all blocks and not released the ticket
     token    the reader is about to append a token of its own
+    encode   an encoder is about to compute a batch of images
+    issue    an encoder has computed one, and is about to answer with its ticket
+    pull     prefill is about to post a read of an embedding; then `copied` and `export` as above
+    pulled   prefill has verified all rows of an embedding and not released its ticket
 
 `stall` stops nothing: while it is there, reads are not posted and stay pending, also when they are aborted, as on a
 network card; later they land where they were told to. While `broken` is there, reads by shared memory fail on their
 way. Whoever waits for a stop looks at the process's state.
 
-STOPPING_ENGINE_REST_S in the environment is how long a connector is left alone at first, in place of half a minute.
+In the environment, STOPPING_ENGINE_REST_S is how long a connector is left alone at first, in place of half a minute,
+and STOPPING_ENGINE_PINNED_S how long an embedding is pinned for its reader, in place of as long.
 """
 
 from __future__ import annotations
@@ -29,9 +34,16 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
+
 from kvrelay_core.errors import TransferError
 from kvrelay_engine import link_health, process
 from kvrelay_engine.config import load_config
+from kvrelay_engine.embeddings.cache import CachedItem
+from kvrelay_engine.embeddings.pull import EmbeddingPull
+from kvrelay_engine.embeddings.reader import EmbeddingReader
+from kvrelay_engine.embeddings.source import EmbeddingSource
+from kvrelay_engine.encoder.engine import EncoderEngine
 from kvrelay_engine.engine import Engine
 from kvrelay_engine.handoff_incoming import Incoming
 from kvrelay_engine.handoff_reader import HandoffReader
@@ -42,6 +54,7 @@ from kvrelay_transfer.connectors.copy_thread import copy_span
 from kvrelay_transfer.connectors.nixl_link import NixlLink
 from kvrelay_transfer.connectors.ucx_source import UcxSource
 from kvrelay_transfer.staging import BlockStaging
+from kvrelay_transfer.ticket import EmbeddingTicket
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -122,7 +135,29 @@ def shorten_rests(first_s: float) -> None:
     health._Record = partial(health._Record, rest_s=first_s)
 
 
+def shorten_pins(pinned_s: float) -> None:
+    issue = EmbeddingSource.issue
+
+    def issue_for_less(source: Any, item: CachedItem) -> EmbeddingTicket:
+        source._terms = msgspec.structs.replace(source._terms, first_follow_s=pinned_s)
+        return issue(source, item)
+
+    patched: Any = EmbeddingSource
+    patched.issue = issue_for_less
+
+
+def install_embeddings(stops: Stops) -> None:
+    encoder: Any = EncoderEngine
+    encoder._encode = stops.before("encode", EncoderEngine._encode)
+    encoder._answer = stops.before("issue", EncoderEngine._answer)
+    pull: Any = EmbeddingPull
+    pull._post = stops.before("pull", EmbeddingPull._post)
+    reader: Any = EmbeddingReader
+    reader._finish = stops.before("pulled", EmbeddingReader._finish)
+
+
 def install(stops: Stops) -> None:
+    install_embeddings(stops)
     post = stops.before("read", Incoming.post)
 
     def post_or_stall(
@@ -159,4 +194,6 @@ if __name__ == "__main__":
     install(Stops(folder))
     if rest_s := os.environ.get("STOPPING_ENGINE_REST_S"):
         shorten_rests(float(rest_s))
+    if pinned_s := os.environ.get("STOPPING_ENGINE_PINNED_S"):
+        shorten_pins(float(pinned_s))
     sys.exit(process.main())
