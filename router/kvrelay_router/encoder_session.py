@@ -175,8 +175,8 @@ class EncoderSession:
             description = await stub.Describe(DescribeRequest(), timeout=CONNECT_TIMEOUT_S, wait_for_ready=True)
             self._admit(description)
             self.description, self._channel = description, channel
-            async for load in stub.WatchLoad(WatchLoadRequest(interval_s=LOAD_INTERVAL_S)):
-                self._set_state(WorkerState.DRAINING if load.draining else WorkerState.SERVING)
+            while await self._watch(stub):
+                log.debug("encoder %s is long at one step", self.key)
             raise WorkerLostError(f"encoder {self.key} ended its reports", peer=self.key)
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error, f"encoder {self.key}") from error
@@ -188,6 +188,18 @@ class EncoderSession:
         finally:
             self._channel = None
             await channel.close()  # its calls end with an error each
+
+    async def _watch(self, stub: WorkerServiceStub) -> bool:
+        """Until the reports end; True: because its engine computes, and does not tell its load meanwhile. That is no
+        loss: a large image takes what it takes, and an engine that hangs is its service's business."""
+        try:
+            async for load in stub.WatchLoad(WatchLoadRequest(interval_s=LOAD_INTERVAL_S)):
+                self._set_state(WorkerState.DRAINING if load.draining else WorkerState.SERVING)
+        except grpc.aio.AioRpcError as error:
+            if not isinstance(error_from_rpc(error, f"encoder {self.key}"), DeadlineError):
+                raise
+            return True
+        return False
 
     def _lose(self, error: KvRelayError) -> None:
         is_refused = isinstance(error, MismatchError)

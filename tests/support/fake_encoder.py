@@ -56,6 +56,8 @@ class FakeEncoder:
         self.role: worker_pb2.Role.ValueType = worker_pb2.ROLE_ENCODER
         self.is_draining = False
         self.reports_end = asyncio.Event()  # set: it ends the reports of its load, and nothing else
+        self.report_error: KvRelayError | None = None  # what the reports end with, once
+        self.num_watches = 0
         self.calls: list[EncodeCall] = []
         self.released: list[bytes] = []  # items of the tickets that were given back
         self._new_calls: asyncio.Queue[EncodeCall] = asyncio.Queue()
@@ -129,8 +131,12 @@ class _Describing(WorkerServiceServicer):
 
     async def WatchLoad(self, request: worker_pb2.WatchLoadRequest, context: Any) -> AsyncIterator[Any]:
         yield worker_pb2.WatchLoadResponse(draining=self._encoder.is_draining)
+        self._encoder.num_watches += 1
         await self._encoder.reports_end.wait()
         self._encoder.reports_end.clear()
+        error, self._encoder.report_error = self._encoder.report_error, None
+        if error is not None:
+            raise error
 
     async def Drain(self, request: worker_pb2.DrainRequest, context: Any) -> worker_pb2.DrainResponse:
         raise UnsupportedError("a fake encoder does not drain")

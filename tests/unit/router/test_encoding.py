@@ -16,6 +16,7 @@ from media_checkpoints import encode_image, qwen_id, write_qwen
 from kvrelay.v1 import worker_pb2
 from kvrelay_client import GenerateStream
 from kvrelay_core.errors import (
+    DeadlineError,
     DrainingError,
     EmbeddingLostError,
     InvalidRequestError,
@@ -217,6 +218,22 @@ async def test_a_call_ends_with_the_connection_that_its_encoder_is_watched_over(
     calls[finished.pop()].reports_end.set()
     (await waiting.pop()).succeed(ROWS)
     await done(stream)
+
+
+async def test_an_encoder_that_is_too_busy_to_tell_its_load_is_not_lost(make_relay: RelayMaker) -> None:
+    relay = await make_relay(num_encoders=1)
+    behave(relay, num_tokens=None)
+    stream = look(relay, CAT)
+    [encoder] = relay.encoders
+    encode = await encoder.next_call()
+    encoder.report_error = DeadlineError("the engine did not answer in time")
+    encoder.reports_end.set()
+    async with asyncio.timeout(5):
+        while encoder.num_watches < 2:  # noqa: ASYNC110  # no event for it
+            await asyncio.sleep(0.001)
+    encode.succeed(ROWS)
+    await done(stream)
+    assert len(encoder.calls) == 1
 
 
 async def test_the_only_encoder_is_waited_for_when_it_dies_and_comes_back(make_relay: RelayMaker) -> None:
