@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable
 
 import grpc
 
+from kvrelay.v1 import worker_pb2_grpc
 from kvrelay.v1.common_pb2 import EmbeddingTicket
 from kvrelay.v1.encoder_pb2 import EncodeRequest, EncodeResponse
 from kvrelay.v1.encoder_pb2_grpc import EncoderServiceStub
 from kvrelay.v1.kv_source_pb2 import RELEASE_REASON_CANCELLED, ReleaseRequest
 from kvrelay.v1.kv_source_pb2_grpc import KvSourceServiceStub
 from kvrelay.v1.worker_pb2 import DescribeRequest, DescribeResponse, WatchLoadRequest
-from kvrelay.v1.worker_pb2_grpc import WorkerServiceStub
 from kvrelay_core.errors import (
     DeadlineError,
     DrainingError,
@@ -171,7 +171,7 @@ class EncoderSession:
         """Serves as long as the encoder tells its load; always raises."""
         channel = open_channel(self.key, self._tls)
         try:
-            stub = WorkerServiceStub(channel)
+            stub = worker_pb2_grpc.WorkerServiceStub(channel)
             description = await stub.Describe(DescribeRequest(), timeout=CONNECT_TIMEOUT_S, wait_for_ready=True)
             self._admit(description)
             self.description, self._channel = description, channel
@@ -189,7 +189,7 @@ class EncoderSession:
             self._channel = None
             await channel.close()  # its calls end with an error each
 
-    async def _watch(self, stub: WorkerServiceStub) -> bool:
+    async def _watch(self, stub: worker_pb2_grpc.WorkerServiceAsyncStub) -> bool:
         """Until the reports end; True: because its engine computes, and does not tell its load meanwhile. That is no
         loss: a large image takes what it takes, and an engine that hangs is its service's business."""
         try:

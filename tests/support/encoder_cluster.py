@@ -39,6 +39,7 @@ class EncoderCluster:
         environment: Mapping[str, str] | None = None,
     ) -> None:
         """`connector` carries embeddings; `environment` is that of the encoders."""
+        self.connector = connector
         self._model = ["--model", str(model_dir)]
         self._folder = Path(tempfile.mkdtemp(prefix="kve-", dir="/tmp"))  # short: socket paths are
         self._environment = dict(environment or {})

@@ -112,6 +112,20 @@ class _Source(KvSourceServiceServicer):
     def __init__(self, encoder: FakeEncoder) -> None:
         self._encoder = encoder
 
+    async def Connect(self, request: Any, context: Any) -> kv_source_pb2.ConnectResponse:
+        raise UnsupportedError("nobody reads from a fake encoder")
+
+    async def Follow(self, request_iterator: Any, context: Any) -> AsyncIterator[kv_source_pb2.FollowResponse]:
+        raise UnsupportedError("nobody reads from a fake encoder")
+        yield
+
+    async def Fetch(self, request: Any, context: Any) -> AsyncIterator[kv_source_pb2.FetchResponse]:
+        raise UnsupportedError("nobody reads from a fake encoder")
+        yield
+
+    async def Lookup(self, request: Any, context: Any) -> kv_source_pb2.LookupResponse:
+        raise UnsupportedError("nobody reads from a fake encoder")
+
     async def Release(self, request: kv_source_pb2.ReleaseRequest, context: Any) -> kv_source_pb2.ReleaseResponse:
         self._encoder.released.append(request.embedding_ticket.content_hash)
         return kv_source_pb2.ReleaseResponse(released=True)
