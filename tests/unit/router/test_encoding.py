@@ -353,7 +353,9 @@ async def test_tickets_that_a_prefill_worker_cannot_release_are_released(make_re
     await prefill_well(await waiting.pop())
     await done(stream)
     await relay.settled()
-    assert relay.encoders[0].released == [media_hash(CAT)], "that of the first attempt; prefill releases the other"
+    assert relay.encoders[0].released == [media_hash(CAT, FINGERPRINT)], (
+        "that of the first attempt; prefill releases the other"
+    )
 
 
 async def test_tickets_that_do_not_fit_the_prompt_are_released(make_relay: RelayMaker) -> None:
@@ -362,7 +364,7 @@ async def test_tickets_that_do_not_fit_the_prompt_are_released(make_relay: Relay
     with pytest.raises(MismatchError):
         await done(look(relay, CAT))
     await relay.settled()
-    assert relay.encoders[0].released == [media_hash(CAT)]
+    assert relay.encoders[0].released == [media_hash(CAT, FINGERPRINT)]
 
 
 async def test_a_deadline_reaches_the_encoder(make_relay: RelayMaker) -> None:
