@@ -11,6 +11,7 @@ from made_checkpoints import CheckpointMaker
 
 if TYPE_CHECKING:
     from cluster import Cluster
+    from vision_cases import VisionCases
 
 # A deadline for each example would measure the machine; pytest-timeout bounds the whole test.
 settings.register_profile("kvrelay", deadline=None)
@@ -21,6 +22,13 @@ settings.load_profile("kvrelay")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> CheckpointMaker:
     """Makes the checkpoint of a variant of `checkpoints.VARIANTS`, once a session."""
     return CheckpointMaker(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="session")
+def vision_cases(tmp_path_factory: pytest.TempPathFactory) -> VisionCases:
+    from vision_cases import VisionCases
+
+    return VisionCases(tmp_path_factory.mktemp("vision"))
 
 
 @pytest.fixture(scope="session")

@@ -1,152 +1,118 @@
-"""Images through encoder, prefill and decode in separate processes: the answers are those of `transformers`.
+"""Answers about pictures stay those of `transformers` when what was computed for them is lost, or is elsewhere.
 
-Warm and cold caches, a picture in another place, and an encoder that was ended and started again in between.
+An encoder that was killed, or ended and started again, in between; the next turn of a conversation at another prefill
+worker; and decode workers that run out of room.
 """
 
 from __future__ import annotations
 
-import random
+import asyncio
 from contextlib import ExitStack
-from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from checkpoint_tokenizer import media_token_id
-from checkpoints import quiet_transformers
 from cluster import Cluster
 from lone_worker import serve
-from PIL import Image
-from vision_checkpoints import QWEN_TOKENS, VOCAB_SIZE, as_bytes, draw_picture, make_qwen2_5_vl
+from vision_cases import VisionCases, ask_about
+from vision_questions import QuestionMaker, usable_prefix
 
 from kvrelay_cli.ports import choose_ports
 from kvrelay_client import AsyncClient
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
-START, PAD, _, END = (media_token_id(token, QWEN_TOKENS, VOCAB_SIZE) for token in QWEN_TOKENS)
-NUM_TOKENS = 8
-MIN_MARGIN = 1e-3  # between the best two logits of every token: far above what rounding does
-PICTURES = [as_bytes(draw_picture(*size, seed=seed)) for seed, size in enumerate([(40, 24), (64, 64), (33, 50)])]
+ONE_OF_EACH = ["qwen2_5_vl", pytest.param("gemma3_crops", marks=pytest.mark.full)]
+HIT_TOKENS = 64
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_qwen2_5_vl(tmp_path_factory.mktemp("encoder") / "qwen2_5_vl")
-
-
-class Reference:
-    """`transformers` on the whole."""
-
-    def __init__(self, model_dir: Path) -> None:
-        import transformers
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-        with quiet_transformers():
-            self._model: Any = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
-                model_dir, dtype=torch.float32
-            ).eval()
-        self._processor: Any = Qwen2VLImageProcessorPil.from_pretrained(model_dir)
-
-    def answer(self, token_ids: list[int], pictures: list[bytes]) -> tuple[list[int], float]:
-        """The greedy answer, and the least margin of its tokens. One placeholder stands for a picture."""
-        images = [Image.open(BytesIO(data)) for data in pictures]
-        inputs = dict(self._processor(images, return_tensors="pt"))
-        sizes = (inputs["image_grid_thw"].prod(-1) // 4).tolist()
-        ids: list[int] = []
-        for token in token_ids:
-            ids += [PAD] * sizes.pop(0) if token == PAD else [token]
-        input_ids = torch.tensor([ids])
-        out = self._model.generate(
-            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), do_sample=False,
-            max_new_tokens=NUM_TOKENS, min_new_tokens=NUM_TOKENS, eos_token_id=None, pad_token_id=0,
-            mm_token_type_ids=(input_ids == PAD).int(), return_dict_in_generate=True, output_logits=True, **inputs,
-        )  # fmt: skip
-        best = torch.stack(out.logits)[:, 0].topk(2).values
-        return out.sequences[0, len(ids) :].tolist(), float((best[:, 0] - best[:, 1]).min())
-
-
-def prompt_of(generator: random.Random, *parts: int | None) -> list[int]:
-    """So many text tokens, or a picture."""
-    tokens: list[int] = []
-    for part in parts:
-        tokens += [START, PAD, END] if part is None else [generator.randrange(250) for _ in range(part)]
-    return tokens
-
-
-def decisive(reference: Reference, pictures: list[bytes], *parts: int | None) -> tuple[list[int], list[int]]:
-    """A prompt whose answer rounding cannot change, and the answer."""
-    for seed in range(50):
-        prompt = prompt_of(random.Random(seed), *parts)
-        answer, margin = reference.answer(prompt, pictures)
-        if margin >= MIN_MARGIN:
-            return prompt, answer
-    raise AssertionError("no decisive prompt found")
-
-
-async def ask(client: AsyncClient, prompt: list[int], pictures: list[bytes]) -> list[int]:
-    answer = await client.complete(
-        token_ids=prompt, media=pictures, max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True, timeout_s=60
-    )
-    return list(answer.token_ids)
-
-
-@pytest.mark.parametrize("connector", ["shm", "grpc"])
-async def test_encoder_exact_over_three_processes(model_dir: Path, connector: str) -> None:
-    reference = Reference(model_dir)
-    one = decisive(reference, PICTURES[:1], 7, None, 9)
-    three = decisive(reference, PICTURES, None, 30, None, None, 5)
-    other = reference.answer(one[0], PICTURES[1:2])[0]
-    assert other != one[1], "the picture matters"
-    flags = {"model": model_dir, "connector": connector}
-    text = {**flags, "block_tokens": 16, "max_num_seqs": 8, "max_batched_tokens": 24}
-    with serve("encoder", **flags) as encoder, serve("prefill", peers=encoder, **text) as prefill:
-        with (
-            serve("decode", peers=prefill, **text) as decode,
-            serve("router", model=model_dir, encoder=encoder, prefill=prefill, decode=decode) as target,
-        ):
-            async with AsyncClient(target) as client:
-                for _ in range(2):  # cold, then out of every cache
-                    assert await ask(client, one[0], PICTURES[:1]) == one[1]
-                    assert await ask(client, three[0], PICTURES) == three[1]
-                assert await ask(client, one[0], PICTURES[1:2]) == other
-
-
-async def test_encoder_exact_after_an_encoder_was_killed(model_dir: Path) -> None:
+@pytest.mark.parametrize("model", ONE_OF_EACH)
+async def test_encoder_exact_after_an_encoder_was_killed(vision_cases: VisionCases, model: str) -> None:
     """`kvrelay up` starts it again; meanwhile requests wait for it."""
-    reference = Reference(model_dir)
-    first = decisive(reference, PICTURES[:1], 7, None, 9)
-    second = decisive(reference, PICTURES[:2], 4, None, 11, None, 3)
-    with Cluster(model_dir, encoder=1, block_tokens=16, max_num_seqs=8) as cluster:
-        async with AsyncClient(cluster.target) as client:
-            assert await ask(client, first[0], PICTURES[:1]) == first[1]
+    case = vision_cases(model)
+    first, second = case.maker.chat("one", (9, "A", 12)), case.maker.chat("two", (4, "A", 15, "C", 3))
+    with Cluster(case.model_dir, encoder=1, block_tokens=16, max_num_seqs=8) as cluster:
+        async with cluster.client() as client:
+            assert (await ask_about(client, **first.ways()[0])).token_ids == first.answer
             cluster.wait_restarted("encoder", 0, cluster.kill("encoder"))
-            assert await ask(client, second[0], PICTURES[:2]) == second[1]
-            assert await ask(client, first[0], PICTURES[:1]) == first[1]
+            assert (await ask_about(client, **second.ways()[0])).token_ids == second.answer
+            assert (await ask_about(client, **first.ways()[0])).token_ids == first.answer
         cluster.assert_no_leaks()
-        assert cluster.load_of("encoder").leases == 0
 
 
 @pytest.mark.full
-async def test_encoder_exact_after_an_encoder_has_restarted(model_dir: Path) -> None:
+@pytest.mark.parametrize("model", ["qwen2_5_vl", "gemma3_crops"])
+async def test_encoder_exact_after_an_encoder_has_restarted(vision_cases: VisionCases, model: str) -> None:
     """Tickets and links are of one start: those of the old one are not used, nor missed."""
-    reference = Reference(model_dir)
-    first = decisive(reference, PICTURES[:1], 7, None, 9)
-    second = decisive(reference, PICTURES[:2], 4, None, 11, None, 3)
+    case = vision_cases(model)
+    first, second = case.maker.chat("one", (9, "A", 12)), case.maker.chat("two", (4, "A", 15, "C", 3))
     (port,) = choose_ports("127.0.0.1", 1)
-    encoder = {"model": model_dir, "grpc_port": port}
-    text = {"model": model_dir, "block_tokens": 16, "max_num_seqs": 8}
+    encoder = {"model": case.model_dir, "grpc_port": port}
+    text = {"model": case.model_dir, "block_tokens": 16, "max_num_seqs": 8}
     with ExitStack() as started:
         peers = started.enter_context(serve("encoder", **encoder))
         with (
             serve("prefill", peers=peers, **text) as prefill,
             serve("decode", peers=prefill, **text) as decode,
-            serve("router", model=model_dir, encoder=peers, prefill=prefill, decode=decode) as target,
+            serve("router", model=case.model_dir, encoder=peers, prefill=prefill, decode=decode) as target,
         ):
             async with AsyncClient(target) as client:
-                assert await ask(client, first[0], PICTURES[:1]) == first[1]
+                assert (await ask_about(client, **first.ways()[0])).token_ids == first.answer
                 started.pop_all().close()
                 started.enter_context(serve("encoder", **encoder))
-                assert await ask(client, second[0], PICTURES[:2]) == second[1]
-                assert await ask(client, first[0], PICTURES[:1]) == first[1]
+                assert (await ask_about(client, **second.ways()[0])).token_ids == second.answer
+                assert (await ask_about(client, **first.ways()[0])).token_ids == first.answer
+                assert (await ask_about(client, **first.other())).token_ids == first.other_answer
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("model", ["qwen2_5_vl", "gemma3"])
+async def test_encoder_exact_next_turn_at_another_worker(vision_cases: VisionCases, model: str) -> None:
+    """It takes the last turn back from decode; a unit that ends inside a picture is of no use to Gemma."""
+    case = vision_cases(model)
+    first = case.maker.bare("first turn", (60, "B", 70))
+    turn = case.maker.bare("second turn", (50, "B", 9), after=first)
+    flags: dict[str, Any] = {
+        "placement": "round_robin",
+        "block_tokens": 16,
+        "max_batched_tokens": 24,
+        "max_num_seqs": 8,
+    }
+    with Cluster(case.model_dir, prefill=2, encoder=1, prefix_wait=10, **flags) as cluster:
+        async with cluster.client() as client:
+            workers: set[str] = set()
+            while len(workers) < 2:  # a cluster is ready with the first of each role
+                answer = await ask_about(client, token_ids=[len(workers) + 1, 2, 3], max_tokens=2)
+                workers.add(answer.end.timing.prefill_worker)
+            one = await ask_about(client, **first.ways()[0])
+            two = await ask_about(client, **turn.ways()[0])
+        assert (one.token_ids, two.token_ids) == (first.answer, turn.answer)
+        assert one.end.timing.prefill_worker != two.end.timing.prefill_worker
+        loads = cluster.loads()
+        pulled_blocks = sum(load.prefix_blocks_pulled for load in loads.values())
+        assert pulled_blocks == len(first.ids) // HIT_TOKENS * HIT_TOKENS // 16
+        known = usable_prefix(case.reference, turn.ids, len(first.ids), HIT_TOKENS)
+        assert two.end.usage.cached_tokens == known
+        cluster.assert_no_leaks()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("model", ["qwen2_5_vl", "gemma3", "gemma3_crops"])
+async def test_encoder_exact_when_decode_runs_out_of_blocks(vision_cases: VisionCases, model: str) -> None:
+    """Whoever has to give way begins anew at prefill, with its pictures and what it has said so far."""
+    case = vision_cases(model)
+    maker = QuestionMaker(case.reference, num_tokens=40)
+    questions = [maker.chat(f"long {index}", (9, "A", 5 + index)) for index in range(8)]
+    # Five are let in, each with a block to grow into; their answers need three.
+    room = 5 * (max(len(question.ids) for question in questions) // 16 + 2) + 1
+    text = {"model": case.model_dir, "block_tokens": 16, "max_num_seqs": 8}
+    with (
+        serve("encoder", model=case.model_dir) as encoder,
+        serve("prefill", peers=encoder, **{**text, "kv_blocks": 256}) as prefill,
+        serve("decode", peers=prefill, **{**text, "kv_blocks": room}) as decode,
+        serve("router", model=case.model_dir, encoder=encoder, prefill=prefill, decode=decode) as target,
+    ):
+        async with AsyncClient(target) as client:
+            asked = [ask_about(client, max_tokens=40, **question.ways()[0]) for question in questions]
+            answers = await asyncio.gather(*asked)
+    assert [one.token_ids for one in answers] == [question.answer for question in questions]
+    assert max(one.end.timing.attempts for one in answers) > 1, "nobody had to give way"

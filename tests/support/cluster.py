@@ -48,6 +48,7 @@ class Cluster:
         *,
         prefill: int = 1,
         decode: int = 1,
+        encoder: int = 0,
         tls: TlsFiles | None = None,
         **flags: str | int | float | Path,
     ) -> None:
@@ -56,8 +57,10 @@ class Cluster:
         if tls is not None:
             flags |= {"tls_cert": tls.certificate, "tls_key": tls.key, "tls_ca": tls.ca}
         self.folder = Path(tempfile.mkdtemp(prefix="kvc-", dir="/tmp"))  # short: socket paths are
-        self.num_workers = {"prefill": prefill, "decode": decode}
-        words = ["--model", str(model_dir), "--prefill", str(prefill), "--decode", str(decode)]
+        self.num_workers = {"prefill": prefill, "decode": decode, "encoder": encoder}
+        words = ["--model", str(model_dir)]
+        for role, count in self.num_workers.items():
+            words += [f"--{role}", str(count)]
         for name, value in {"threads_per_worker": 1, "kv_blocks": 256, **flags}.items():
             words += [f"--{name.replace('_', '-')}", str(value)]
         self._command = [sys.executable, "-m", "kvrelay_cli", "up", *words]
@@ -146,7 +149,7 @@ class Cluster:
         return self._up.pid
 
     def pid_of(self, role: str, index: int = 0) -> int:
-        """Of the service process of `router`, or of one `prefill` or `decode` worker."""
+        """Of the service process of `router`, or of one worker, such as `prefill`."""
         return self._service_pids(role, index)[0]
 
     def engine_pid_of(self, role: str, index: int = 0) -> int:

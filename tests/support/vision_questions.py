@@ -1,0 +1,158 @@
+"""Prompts with pictures in every place, with the answers of `transformers`: to these pictures, and to another one.
+
+Each can be asked in several ways that must make one prompt of it. Their answers do not hang on rounding.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from string import ascii_lowercase
+from typing import Any
+
+from checkpoint_tokenizer import SPECIAL_TOKENS
+from vision_checkpoints import VOCAB_SIZE, as_bytes, draw_picture
+from vision_reference import VisionReference
+
+NUM_TOKENS = 8
+MIN_MARGIN = 1e-3  # between the best two logits of every token: far above what rounding does
+_MAX_SEEDS = 50
+# Two crops, none, and three to a model that crops; all of different sizes to one that takes them as they are.
+SIZES = {"A": (64, 40), "B": (48, 48), "C": (31, 100)}
+PICTURES = {name: as_bytes(draw_picture(*size, seed=index)) for index, (name, size) in enumerate(SIZES.items())}
+OTHERS = {name: as_bytes(draw_picture(*size, seed=9 + index)) for index, (name, size) in enumerate(SIZES.items())}
+
+Layout = Sequence[int | str]  # so much text, or the name of a picture
+CHATS: dict[str, Layout] = {
+    "middle": (20, "A", 30),
+    "first": ("A", 40),
+    "last": (30, "A"),
+    "three": ("C", 60, "A", 12, "B", 9),
+    "adjacent": (10, "A", "B", "C", 14),
+    "twice": (5, "B", 20, "B", 7),
+}
+# Nothing but placeholders at either end: the first or the last token of all is an image's.
+BARE: dict[str, Layout] = {"very first": ("B", 25), "very last": (25, "B")}
+
+
+@dataclass
+class Question:
+    name: str
+    ids: list[int]  # with all placeholders
+    collapsed: list[int]  # with one for each view
+    pictures: list[bytes]
+    others: list[bytes]  # the same, but for the last one
+    parts: list[dict[str, Any]] = field(default_factory=list)  # of the one message that makes these ids, if one does
+    text: str = ""  # the same, as the chat template writes it
+    answer: list[int] = field(default_factory=list)
+    other_answer: list[int] = field(default_factory=list)
+
+    def messages(self, pictures: Sequence[bytes]) -> list[dict[str, Any]]:
+        left = iter(pictures)
+        content = [part if part["type"] == "text" else {**part, "image": next(left)} for part in self.parts]
+        return [{"role": "user", "content": content}]
+
+    def ways(self) -> list[dict[str, Any]]:
+        """To ask it, as options of a request; by messages first, where that can be done."""
+        by_ids = [{"token_ids": ids, "media": self.pictures} for ids in (self.ids, self.collapsed)]
+        if not self.parts:
+            return by_ids
+        return [{"messages": self.messages(self.pictures)}, {"prompt": self.text, "media": self.pictures}, *by_ids]
+
+    def other(self) -> dict[str, Any]:
+        """To ask it with another picture."""
+        if self.parts:
+            return {"messages": self.messages(self.others)}
+        return {"token_ids": self.ids, "media": self.others}
+
+
+class QuestionMaker:
+    def __init__(self, reference: VisionReference, num_tokens: int = NUM_TOKENS) -> None:
+        """`num_tokens` of each answer."""
+        self._reference = reference
+        self._num_tokens = num_tokens
+
+    def every_layout(self) -> list[Question]:
+        chats = [self.chat(name, layout) for name, layout in CHATS.items()]
+        return chats + [self.bare(name, layout) for name, layout in BARE.items()]
+
+    def chat(self, name: str, layout: Layout) -> Question:
+        """A message with text and pictures."""
+
+        def make(generator: random.Random) -> Question:
+            parts: list[dict[str, Any]] = [
+                {"type": "image"} if isinstance(part, str) else {"type": "text", "text": _text(generator, part)}
+                for part in layout
+            ]
+            pictures, others = _pictures(layout)
+            text, ids = self._reference.prompt([{"role": "user", "content": parts}], pictures)
+            return Question(name, ids, self._collapse(ids, pictures), pictures, others, parts, text)
+
+        return self._decisive(name, make)
+
+    def bare(self, name: str, layout: Layout, after: Question | None = None) -> Question:
+        """Tokens: any, and those of pictures of one view with nothing around them. `after` that question's answer."""
+
+        def make(generator: random.Random) -> Question:
+            pictures, others = _pictures(layout)
+            ids: list[int] = []
+            if after is not None:
+                ids = [*after.ids, *after.answer]
+                others = [*(after.pictures if pictures else after.others), *others]
+                pictures = [*after.pictures, *pictures]
+            for part in layout:
+                if isinstance(part, int):
+                    ids += [generator.randrange(VOCAB_SIZE - 2 * len(SPECIAL_TOKENS)) for _ in range(part)]
+                else:
+                    [size] = self._reference.num_placeholders(PICTURES[part])
+                    ids += [self._reference.pad] * size
+            return Question(name, ids, self._collapse(ids, pictures), pictures, others)
+
+        return self._decisive(name, make)
+
+    def spliced(self, name: str, first: Question, num_tokens: int, layout: Layout) -> Question:
+        """The first question's first tokens, which have all its pictures, and others behind them."""
+        begun = Question(name, first.ids[:num_tokens], [], first.pictures, first.others)
+        return self.bare(name, layout, begun)
+
+    def _collapse(self, ids: Sequence[int], pictures: Sequence[bytes]) -> list[int]:
+        sizes = [size for picture in pictures for size in self._reference.num_placeholders(picture)]
+        collapsed, at = list[int](), 0
+        while at < len(ids):
+            collapsed.append(ids[at])
+            at += sizes.pop(0) if ids[at] == self._reference.pad else 1
+        assert not sizes
+        return collapsed
+
+    def _decisive(self, name: str, make: Callable[[random.Random], Question]) -> Question:
+        for seed in range(_MAX_SEEDS):
+            question = make(random.Random(f"{name} {seed}"))
+            question.answer, margin = self._reference.answer(question.ids, question.pictures, self._num_tokens)
+            question.other_answer, other = self._reference.answer(question.ids, question.others, self._num_tokens)
+            # A placeholder in an answer that is asked on would be taken for a picture's.
+            is_clear = min(margin, other) >= MIN_MARGIN and self._reference.pad not in question.answer
+            if is_clear and question.answer != question.other_answer:
+                return question
+        raise AssertionError(f"no prompt laid out as {name!r} has a decisive answer")
+
+
+def usable_prefix(reference: VisionReference, ids: Sequence[int], num_shared: int, unit_tokens: int) -> int:
+    """The longest prefix in whole units that leaves a token and, where images are kept whole, splits none."""
+
+    def splits(cut: int) -> bool:
+        return reference.whole_runs and ids[cut - 1] == ids[cut] == reference.pad
+
+    cuts = range(0, min(num_shared + 1, len(ids)), unit_tokens)
+    return max(cut for cut in cuts if cut == 0 or not splits(cut))
+
+
+def _text(generator: random.Random, num_letters: int) -> str:
+    return "".join(generator.choices(ascii_lowercase + " ", k=num_letters))
+
+
+def _pictures(layout: Layout) -> tuple[list[bytes], list[bytes]]:
+    """And the same with another one in the last one's place."""
+    names = [part for part in layout if isinstance(part, str)]
+    pictures = [PICTURES[name] for name in names]
+    return pictures, [*pictures[:-1], OTHERS[names[-1]]] if names else list(pictures)
