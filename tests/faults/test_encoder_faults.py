@@ -20,6 +20,7 @@ from fault_worker import FaultProcess
 from picture_questions import PictureQuestion, answer_or_error, new_question
 from vision_checkpoints import make_qwen2_5_vl
 
+from kvrelay.v1.worker_pb2 import WatchLoadResponse
 from kvrelay_client import AsyncClient
 from kvrelay_core.errors import KvRelayError
 
@@ -27,6 +28,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
 ANSWER_WITHIN_S = 12.0  # others compute on this machine as well
 UNDISTURBED_S = 30.0
+HUNG_AFTER_S = 30.0
 FULL = pytest.mark.full
 
 
@@ -78,15 +80,15 @@ def cells(*sampled: Cell, stages: tuple[Cell, ...] = STAGES) -> pytest.MarkDecor
 class Scene:
     """One request that stands still at a cell's stage; leaving the block checks the cluster and mends it."""
 
-    def __init__(self, cluster: EncoderCluster, cell: Cell) -> None:
-        self.cluster, self._cell = cluster, cell
+    def __init__(self, cluster: EncoderCluster, cell: Cell, timeout_s: float = UNDISTURBED_S) -> None:
+        self.cluster, self._cell, self._timeout_s = cluster, cell, timeout_s
 
     async def __aenter__(self) -> Scene:
         self.question = await asyncio.to_thread(new_question, self.cluster.target)
         self.client = AsyncClient(self.cluster.target)
         role: list[FaultProcess] = getattr(self.cluster, self._cell.role)
         await asyncio.to_thread(self.cluster.arm, role, self._cell.point)
-        self.asking = asyncio.create_task(answer_or_error(self.client, self.question, UNDISTURBED_S))
+        self.asking = asyncio.create_task(answer_or_error(self.client, self.question, self._timeout_s))
         self.stopped = await asyncio.to_thread(self.cluster.wait_one_stopped, role, self._cell.point)
         assert not self.asking.done(), "the request ended before it got there"
         return self
@@ -180,7 +182,7 @@ async def test_an_image_that_encoders_die_of_is_given_up(cluster: EncoderCluster
 # ---------------------------------------------------------------------------------------- encoder stopped
 
 
-@cells(ENCODING)
+@cells(ENCODING, stages=(ENCODING, PULLING_SOCKET))
 async def test_a_stopped_encoder_is_left_for_the_other_one(cluster: EncoderCluster, cell: Cell) -> None:
     """Service and engine stand still; what went on elsewhere meanwhile is not disturbed when they go on."""
     async with Scene(cluster, cell) as scene:
@@ -190,6 +192,13 @@ async def test_a_stopped_encoder_is_left_for_the_other_one(cluster: EncoderClust
             scene.go_on()
         await scene.answer()
         encoder.send(signal.SIGCONT)
+
+
+@cells(stages=(ENCODING,))
+async def test_an_encoder_whose_engine_hangs_is_left_in_the_end(cluster: EncoderCluster, cell: Cell) -> None:
+    """Its service lives. A large image may take as long, so that patience is long."""
+    async with Scene(cluster, cell, timeout_s=HUNG_AFTER_S + ANSWER_WITHIN_S) as scene:
+        await scene.answer(HUNG_AFTER_S + ANSWER_WITHIN_S)
 
 
 @cells(stages=(ENCODING, EXPORTED))
@@ -223,13 +232,17 @@ async def test_a_cancel_frees_everything(cluster: EncoderCluster, cell: Cell) ->
         running = [worker for worker in scene.cluster.workers if worker is not scene.stopped]
         scene.asking.cancel()
         await asyncio.wait([scene.asking])
-        await asyncio.to_thread(await_no_streams, running)
+        await asyncio.to_thread(await_cancel, running)
         scene.go_on()
         await asyncio.to_thread(scene.cluster.assert_nothing_held, CANCEL_DEADLINE_S)
 
 
-def await_no_streams(workers: list[FaultProcess]) -> None:
+def has_requests(load: WatchLoadResponse) -> bool:
+    return bool(load.streams or load.requests_waiting or load.requests_running)
+
+
+def await_cancel(workers: list[FaultProcess]) -> None:
     give_up_s = time.monotonic() + CANCEL_DEADLINE_S
-    while left := [worker.name for worker in workers if worker.load().streams or worker.load().tasks]:
-        assert time.monotonic() < give_up_s, f"still at it: {left}"
+    while left := [worker.name for worker in workers if has_requests(worker.load())]:
+        assert time.monotonic() < give_up_s, f"the cancel did not come to {left}"
         time.sleep(0.02)
