@@ -186,7 +186,8 @@ def print_result(result: dict[str, Any]) -> None:
     print(
         f"Qwen2.5-VL with 8 x 512 of text and 8 x 320 of tower, float32; an image has {IMAGE_SIDE} x {IMAGE_SIDE} "
         f"pixels, {PATCHES_PER_IMAGE} patches, {TOKENS_PER_IMAGE} tokens; {TEXT_TOKENS} tokens of text; "
-        f"{source['cpu']}, {source['cores']} cores; commit {source['commit']}; others used {result['cores_used_by_others']:.2f} cores meanwhile\n"
+        f"{source['cpu']}, {source['cores']} cores; commit {source['commit']}; others used "
+        f"{result['cores_used_by_others']:.2f} cores meanwhile\n"
     )
     ttft_rows = [
         (system, what, f"{value:.0f}") for system, cells in result["ttft_ms"].items() for what, value in cells.items()

@@ -10,6 +10,7 @@ decoding, resizing, and the hand-off of what comes out.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -82,7 +83,7 @@ class RandomReader:
         if len(shape) == 1:
             return torch.ones(*shape, device=self._generator.device, dtype=torch.bfloat16)
         drawn = torch.randn(*shape, device=self._generator.device, generator=self._generator)
-        return (drawn / (drawn[0].numel() ** 0.5)).to(torch.bfloat16)
+        return (drawn / math.sqrt(drawn[0].numel())).to(torch.bfloat16)
 
     def read_fused(self, names: Sequence[str], rows: Sequence[int], columns: int | None = None) -> Tensor:
         return self.read(names[0], (sum(rows),) if columns is None else (sum(rows), columns))
@@ -153,9 +154,9 @@ def products_of(shapes: Sequence[Product], device: torch.device) -> Callable[[],
 
 def median_s(work: Callable[[], object]) -> float:
     """By the GPU's clock, from before the work is posted until it is through."""
-    times_s = []
+    times_s: list[float] = []
     for _ in range(WARM_UPS + TIMED):
-        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         before.record()
         work()
         after.record()
