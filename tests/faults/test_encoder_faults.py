@@ -28,7 +28,6 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
 ANSWER_WITHIN_S = 12.0  # others compute on this machine as well
 UNDISTURBED_S = 30.0
-HUNG_AFTER_S = 30.0
 WAITED_FOR_S = 5.0  # an encoder, when none serves
 FULL = pytest.mark.full
 
@@ -155,7 +154,7 @@ async def test_with_two_encoders_the_other_one_takes_over(cluster: EncoderCluste
         await scene.answer()
 
 
-@cells(stages=(ENCODING, PULLING, PULLING_SOCKET))
+@cells(stages=(ENCODING, PULLING))
 async def test_the_only_encoder_is_waited_for(cluster: EncoderCluster, cell: Cell) -> None:
     """What was killed is started again meanwhile, as its supervisor would; when that takes too long, we are told so."""
     await asyncio.to_thread(cluster.encoders[1].kill)
@@ -202,27 +201,10 @@ async def test_a_stopped_encoder_is_left_for_the_other_one(cluster: EncoderClust
         encoder.send(signal.SIGCONT)
 
 
-@cells(stages=(ENCODING,))
-async def test_an_encoder_whose_engine_hangs_is_left_in_the_end(cluster: EncoderCluster, cell: Cell) -> None:
-    """Its service lives. A large image may take as long, so that patience is long."""
-    async with Scene(cluster, cell, timeout_s=HUNG_AFTER_S + ANSWER_WITHIN_S) as scene:
-        await scene.answer(HUNG_AFTER_S + ANSWER_WITHIN_S)
-        await asyncio.to_thread(scene.stopped.process.wait, ANSWER_WITHIN_S)  # its service gives up, and ends
-
-
-@cells(stages=(ENCODING, EXPORTED))
-async def test_a_pause_does_not_matter(cluster: EncoderCluster, cell: Cell) -> None:
-    async with Scene(cluster, cell) as scene:
-        await asyncio.sleep(1.0)  # what is prescribed, not waited for
-        scene.go_on()
-        answer = await scene.answer()
-        assert answer.end.timing.attempts == 1
-
-
 # ----------------------------------------------------------------------------------------- prefill killed
 
 
-@cells(PULLING, stages=(PULLING, PULLING_SOCKET, COPIED, PULLED, PULLED_SOCKET))
+@cells(stages=(PULLING_SOCKET,))
 async def test_pins_of_a_dead_prefill_worker_are_freed(cluster: EncoderCluster, cell: Cell) -> None:
     async with Scene(cluster, cell) as scene:
         encoder = scene.encoder
@@ -234,7 +216,7 @@ async def test_pins_of_a_dead_prefill_worker_are_freed(cluster: EncoderCluster, 
 # ------------------------------------------------------------------------------------------------- cancel
 
 
-@cells(ENCODING, PULLING)
+@cells(ENCODING, PULLING, stages=(ENCODING, PULLING))
 async def test_a_cancel_frees_everything(cluster: EncoderCluster, cell: Cell) -> None:
     """It is there before the engine goes on."""
     async with Scene(cluster, cell) as scene:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +28,6 @@ from kvrelay_core.errors import (
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240), pytest.mark.full]
 
 NUM_TO_EVICT_ALL = 80  # pictures of 16 KiB each, in a pool of 1 MiB
-PINNED_S = 0.5
 
 
 @pytest.fixture(scope="module")
@@ -181,32 +179,3 @@ async def test_an_altered_one_is_refused(
     refusals = (EmbeddingLostError, TicketRejectedError, MismatchError, InvalidRequestError)
     assert isinstance(error, refusals), repr(error)
     await check_unharmed(cluster, ticketed.question)
-
-
-# -------------------------------------------------------------------------------------- through the router
-
-
-async def test_an_item_that_is_evicted_before_it_is_read_is_encoded_again(model_dir: Path) -> None:
-    """The pins end while prefill stands still, and others take the room."""
-    with EncoderCluster(
-        model_dir, encoders=1, prefill=1, environment={"STOPPING_ENGINE_PINNED_S": f"{PINNED_S}"}
-    ) as cluster:
-        question = await asyncio.to_thread(new_question, cluster.target)
-        async with (
-            AsyncClient(cluster.target) as client,
-            EmbeddingCalls(cluster.encoders[0].address, cluster.prefill[0].address) as calls,
-        ):
-            cluster.arm(cluster.prefill, "pull")
-            asking = asyncio.create_task(answer_or_error(client, question, 30))
-            stopped = await asyncio.to_thread(cluster.wait_one_stopped, cluster.prefill, "pull")
-            async with asyncio.timeout(5):
-                while cluster.encoders[0].load().leases:  # noqa: ASYNC110  # no event for it
-                    await asyncio.sleep(0.02)
-            assert cluster.encoders[0].load().expired_leases == 1
-            await calls.evict_all(others(NUM_TO_EVICT_ALL))
-            stopped.send(signal.SIGCONT)
-            answer = await asking
-            assert isinstance(answer, Answer), repr(answer)
-            assert answer.token_ids == question.answer
-            assert answer.end.timing.attempts == 2
-        await asyncio.to_thread(cluster.assert_nothing_held)
