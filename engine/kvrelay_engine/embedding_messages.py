@@ -15,7 +15,20 @@ class EmbeddingSourceFailed(Command, frozen=True):
     error: ErrorInfo
 
 
+class EmbeddingChecked(Command, frozen=True):
+    """The answer to EmbeddingCheck; `error`: the ticket is not the encoder's, or nobody could be asked."""
+
+    ticket_id: str
+    error: ErrorInfo | None = None
+
+
+class EmbeddingCheck(Event, frozen=True):
+    """All that the ticket names was read: is it the encoder's own? Its pins are given back in the same call."""
+
+    ticket: EmbeddingTicket
+
+
 class EmbeddingRelease(Event, frozen=True):
-    """The ticket is of no use here any more: its pins can be given back. Said once for each ticket of a request."""
+    """The ticket is of no use here any more: its pins can be given back. Not said of one that is checked."""
 
     ticket: EmbeddingTicket

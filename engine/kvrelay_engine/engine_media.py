@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from kvrelay_core.errors import KvRelayError, UnsupportedError
 from kvrelay_core.media.mrope import MropePositions
 from kvrelay_core.request import MediaReference
-from kvrelay_engine.embedding_messages import EmbeddingSourceFailed
+from kvrelay_engine.embedding_messages import EmbeddingChecked, EmbeddingSourceFailed
 from kvrelay_engine.embeddings.reader import EmbeddingReader, EmbeddingsLost
 from kvrelay_engine.load_messages import LinkLoad
 from kvrelay_engine.media_chunks import clip_chunk, clip_prefix, end_of
@@ -139,7 +139,7 @@ class EngineMedia:
                 return isinstance(peer.layout, EmbeddingLayout)
             case FetchedPiece(read) | FetchEnded(read):
                 return read >= FIRST_EMBEDDING_READ
-            case EmbeddingSourceFailed():
+            case EmbeddingSourceFailed() | EmbeddingChecked():
                 return True
         return False
 

@@ -21,7 +21,12 @@ from kvrelay_core.request import (
     TokenLogprobs,
     Usage,
 )
-from kvrelay_engine.embedding_messages import EmbeddingRelease, EmbeddingSourceFailed
+from kvrelay_engine.embedding_messages import (
+    EmbeddingCheck,
+    EmbeddingChecked,
+    EmbeddingRelease,
+    EmbeddingSourceFailed,
+)
 from kvrelay_engine.encoder_messages import EncodeItem, ItemEncoded
 from kvrelay_engine.load_messages import Load as Load
 from kvrelay_engine.message_kinds import Command as Command
@@ -184,8 +189,8 @@ class Shutdown(Command, frozen=True):
 EngineCommand = (
     Prefill | Decode | Abort | Resume | HandoffReady | HandoffComplete | HandoffFailed | FollowAttach | FollowBeat
     | FollowLost | FollowRelease | ReleaseTicket | PrefillStreamClosed | ConnectPeer | DisconnectPeer | Export
-    | FetchedPiece | FetchEnded | LookupPrefix | PrefixFound | EncodeItem | EmbeddingSourceFailed | GetLoad
-    | Drain | Shutdown
+    | FetchedPiece | FetchEnded | LookupPrefix | PrefixFound | EncodeItem | EmbeddingSourceFailed | EmbeddingChecked
+    | GetLoad | Drain | Shutdown
 )  # fmt: skip
 
 # --------------------------------------------------------------------------------------------- events
@@ -390,5 +395,5 @@ EngineEvent = (
     Started | StartFailed | Queued | Accepted | PrefillFinished | RequestFailed | HandoffDone | HandoffLost
     | HandedBack | HandoffRelease | StepTokens | ChoiceFinished | FollowAttached | FollowReady | FollowComplete
     | FollowFailed | Released | PeerConnected | PeerFailed | Fetch | FetchAbort | Exported | PrefixTicket
-    | PrefixWanted | PrefixPulled | ItemEncoded | EmbeddingRelease | SlotFree | Beat | LoadReply
+    | PrefixWanted | PrefixPulled | ItemEncoded | EmbeddingRelease | EmbeddingCheck | SlotFree | Beat | LoadReply
 )  # fmt: skip

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from kvrelay.v1 import kv_source_pb2 as pb
 from kvrelay_core.error_info import info_of
 from kvrelay_core.errors import KvRelayError
-from kvrelay_engine.embedding_messages import EmbeddingRelease, EmbeddingSourceFailed
+from kvrelay_engine.embedding_messages import EmbeddingCheck, EmbeddingChecked, EmbeddingRelease, EmbeddingSourceFailed
 from kvrelay_transfer.ticket import EmbeddingTicket
 from kvrelay_worker.embedding_wire import embedding_ticket_to_wire
 from kvrelay_worker.peer_errors import peer_errors
@@ -27,6 +27,7 @@ class EmbeddingSources:
         self._worker = worker
         self._peers = peers
         worker.engine.on(EmbeddingRelease, self._on_release)
+        worker.engine.on(EmbeddingCheck, self._on_check)
 
     def connect(self, request_id: int, tickets: Sequence[EmbeddingTicket]) -> None:
         """In the background, each encoder once."""
@@ -42,9 +43,21 @@ class EmbeddingSources:
             self._worker.engine.notify(EmbeddingSourceFailed(request_id, ticket.source_address, info_of(error)))
 
     def _on_release(self, event: EmbeddingRelease) -> None:
-        self._worker.request_tasks.spawn(self._release(event.ticket), "release of an embedding")
+        self._worker.request_tasks.spawn(self._give_back(event.ticket), "release of an embedding")
 
-    async def _release(self, ticket: EmbeddingTicket) -> None:
+    async def _give_back(self, ticket: EmbeddingTicket) -> None:
+        await self._release(ticket)
+
+    def _on_check(self, event: EmbeddingCheck) -> None:
+        self._worker.request_tasks.spawn(self._check(event.ticket), "check of an embedding")
+
+    async def _check(self, ticket: EmbeddingTicket) -> None:
+        """The encoder looks at the signature before it gives back pins (PROTOCOL D1), whether there are any or not."""
+        error = await self._release(ticket)
+        checked = EmbeddingChecked(ticket.ticket_id, None if error is None else info_of(error))
+        self._worker.engine.notify(checked)
+
+    async def _release(self, ticket: EmbeddingTicket) -> KvRelayError | None:
         request = pb.ReleaseRequest(embedding_ticket=embedding_ticket_to_wire(ticket), reason=pb.RELEASE_REASON_PULLED)
         try:
             stub = await self._peers.connect(ticket)
@@ -52,3 +65,5 @@ class EmbeddingSources:
                 await stub.Release(request, timeout=self._worker.config.call_timeout_s)
         except KvRelayError as error:
             log.info("an embedding's ticket was not released at %s: %s", ticket.source_address, error.message)
+            return error
+        return None

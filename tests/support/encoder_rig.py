@@ -137,10 +137,13 @@ class EncoderRig:
         return error.reason
 
     def release(self, ticket: EmbeddingTicket) -> bool:
+        return self.answer_release(ticket).released
+
+    def answer_release(self, ticket: EmbeddingTicket) -> messages.Released:
         self.engine.handle(messages.ReleaseTicket(1, ticket))
         event = self.events.pop()
         assert isinstance(event, messages.Released)
-        return event.released
+        return event
 
     def take_events(self) -> list[messages.Event]:
         taken = list(self.events)

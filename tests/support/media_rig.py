@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from kvrelay_core.clock import ManualClock
 from kvrelay_core.request import Generation, MediaReference
 from kvrelay_engine import messages
-from kvrelay_engine.embedding_messages import EmbeddingRelease
+from kvrelay_engine.embedding_messages import EmbeddingCheck, EmbeddingChecked, EmbeddingRelease
 from kvrelay_engine.embeddings.cache import EmbeddingCache
 from kvrelay_engine.embeddings.reader import EmbeddingReader
 from kvrelay_engine.engine_media import EngineMedia
@@ -108,9 +108,11 @@ class MediaPair:
         self.pass_on()
 
     def pass_on(self) -> None:
-        for event in [event for event in self.prefill.events if isinstance(event, EmbeddingRelease)]:
+        for event in [one for one in self.prefill.events if isinstance(one, EmbeddingRelease | EmbeddingCheck)]:
             self.prefill.events.remove(event)
-            self.encoder.release(event.ticket)
+            error = self.encoder.answer_release(event.ticket).error
+            if isinstance(event, EmbeddingCheck):
+                self.prefill.engine.handle(EmbeddingChecked(event.ticket.ticket_id, error))
 
     def run(self, max_turns: int = 200) -> None:
         """Until all requests are over."""

@@ -34,6 +34,7 @@ class EmbeddingPull:
     num_posted: int = 0
     num_verified: int = 0
     reads: list[_PostedRead] = field(default_factory=list)
+    is_checking: bool = False  # whole, and its encoder is asked whether the ticket is one of its own
     failed: list[_PostedRead] = field(default_factory=list)  # to be posted once more
 
     @property

@@ -2,7 +2,8 @@
 
     open     a request came: its tickets are checked against its placeholders
     want     from which token on embeddings are needed: what the prefix cache covers is not pulled
-    poll     first come, first served: room for all that a request lacks, or it waits; then reads, then words (A6)
+    poll     first come, first served: room for all that a request lacks, or it waits; then reads, then words (A6),
+             then the encoder's word that the ticket is its own (D1)
     is_here  whether a chunk may cover an item
     close    the request is over: items stay in the cache, tickets go back to their encoders
 
@@ -33,7 +34,7 @@ from kvrelay_core.errors import (
     TransferError,
 )
 from kvrelay_core.request import MediaReference
-from kvrelay_engine.embedding_messages import EmbeddingRelease, EmbeddingSourceFailed
+from kvrelay_engine.embedding_messages import EmbeddingCheck, EmbeddingChecked, EmbeddingRelease, EmbeddingSourceFailed
 from kvrelay_engine.embeddings.cache import CachedItem, EmbeddingCache
 from kvrelay_engine.embeddings.pull import EmbeddingPull
 from kvrelay_engine.embeddings.tickets import check_tickets
@@ -176,6 +177,8 @@ class EmbeddingReader:
                 self._grpc.end(read, error_of(error) if error is not None else None)
             case EmbeddingSourceFailed(_, source_address, error):
                 self._lose_source(source_address, error_of(error))
+            case EmbeddingChecked(ticket_id, error):
+                self._note_check(ticket_id, error_of(error) if error is not None else None)
             case _:
                 raise InternalError(f"the reader of embeddings was given a {type(command).__name__}")
 
@@ -271,8 +274,24 @@ class EmbeddingReader:
                 raise TransferError(f"{source} was not connected in time to pull from it")
             elif pull.has_begun and not pull.reads:
                 raise TransferError(f"the link to {source} is gone")
-            return
-        self._finish(content_hash, pull)
+        elif not pull.is_checking:
+            self._check(pull)
+
+    def _check(self, pull: EmbeddingPull) -> None:
+        """Who reads the encoder's memory by itself has shown the ticket to nobody yet: it may have been altered."""
+        pull.is_checking = True
+        for wanted in self._wanted.values():
+            wanted.pinned = [ticket for ticket in wanted.pinned if ticket.ticket_id != pull.ticket.ticket_id]
+        self._emit(EmbeddingCheck(pull.ticket))
+
+    def _note_check(self, ticket_id: str, error: KvRelayError | None) -> None:
+        """Of a pull that was given up meanwhile there is nothing to say."""
+        for content_hash, pull in list(self._pulls.items()):
+            if pull.is_checking and pull.ticket.ticket_id == ticket_id:
+                if error is None:
+                    self._finish(content_hash, pull)
+                else:
+                    self._lose(content_hash, error)
 
     def _finish(self, content_hash: bytes, pull: EmbeddingPull) -> None:
         del self._pulls[content_hash]
@@ -297,7 +316,7 @@ class EmbeddingReader:
 
     def _lose_source(self, address: str, error: KvRelayError) -> None:
         for content_hash, pull in list(self._pulls.items()):
-            if pull.ticket.source_address == address and not pull.reads:
+            if pull.ticket.source_address == address and not pull.reads and not pull.is_checking:
                 self._lose(content_hash, error)
 
     def _lose(self, content_hash: bytes, cause: KvRelayError) -> None:

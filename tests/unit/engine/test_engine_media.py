@@ -268,3 +268,22 @@ def test_a_preempted_request_with_pictures_is_handed_back() -> None:
     assert [event.id for event in rig.of(messages.HandedBack)] == [1]
     rig.check_empty()
     rig.close()
+
+
+@pytest.mark.parametrize("field", ["content_hash", "blocks"])
+def test_an_altered_ticket_is_found_out_before_a_row_is_used(pair: MediaPair, field: str) -> None:
+    """A reader of the encoder's memory has only the encoder's word for what the blocks are."""
+    cat, dog = pair.tickets(CAT, DOG)
+    if field == "content_hash":
+        altered = replace(dog, content_hash=cat.content_hash)
+    else:
+        altered = replace(cat, blocks=cat.blocks[::-1], words=cat.words[::-1])
+    pair.start(1, 2, CAT, 3, tickets=(altered,))
+    pair.run()
+    assert pair.prefill.error(1) == "EmbeddingLostError"
+    pair.start(2, 2, CAT, 3)
+    pair.run()
+    assert pair.first_token(2) == first_token_of(2, CAT, 3)
+    for ticket in (cat, dog):
+        assert pair.encoder.release(ticket), "the altered one gave back nothing"
+    pair.check_empty()

@@ -13,11 +13,13 @@ from prefill_rig import make_request
 from worker_rig import RiggedWorker, running_worker, wait_until
 
 from kvrelay.v1 import common_pb2, prefill_pb2_grpc
+from kvrelay_core.error_info import info_of
+from kvrelay_core.errors import TicketRejectedError
 from kvrelay_core.request import MediaReference
 from kvrelay_core.rpc.wire import media_reference_to_wire
 from kvrelay_encoder.role import EncoderRole
 from kvrelay_engine import messages
-from kvrelay_engine.embedding_messages import EmbeddingRelease, EmbeddingSourceFailed
+from kvrelay_engine.embedding_messages import EmbeddingCheck, EmbeddingChecked, EmbeddingRelease, EmbeddingSourceFailed
 from kvrelay_prefill.role import PrefillRole
 from kvrelay_transfer.embedding_layout import EmbeddingLayout
 from kvrelay_transfer.ticket import EmbeddingTicket, LeaseTerms
@@ -113,3 +115,21 @@ async def test_malformed_tickets_are_refused(prefill: Prefill, encoder: Encoder)
     call: Any = prefill_pb2_grpc.PrefillServiceStub(prefill.channel).Prefill(request)
     assert (await asyncio.wait_for(call.code(), 5)).name == "INVALID_ARGUMENT"
     assert not prefill.engine.sent_of(messages.Prefill)
+
+
+async def test_the_engine_hears_what_the_encoder_says_of_a_ticket(prefill: Prefill, encoder: Encoder) -> None:
+    ticket = ticket_of(encoder)
+    await start(prefill, ticket)
+    await prefill.engine.expect(messages.ConnectPeer)
+    refusal = TicketRejectedError("the signature is not ours", cause="mac")
+    answers = []
+    for error in (None, refusal):
+        prefill.engine.dispatch(EmbeddingCheck(ticket))
+        command = await encoder.engine.expect(messages.ReleaseTicket)
+        assert command.ticket == ticket
+        encoder.engine.dispatch(messages.Released(command.call, False, None if error is None else info_of(error)))
+        answers.append(await prefill.engine.expect(EmbeddingChecked))
+    accepted, refused = answers
+    assert accepted == EmbeddingChecked(ticket.ticket_id)
+    assert refused.error is not None
+    assert (refused.ticket_id, refused.error.reason) == (ticket.ticket_id, "TicketRejectedError")
