@@ -29,6 +29,7 @@ class EmbeddingCheck(Event, frozen=True):
 
 
 class EmbeddingRelease(Event, frozen=True):
-    """The ticket is of no use here any more: its pins can be given back. Not said of one that is checked."""
+    """The ticket is of no use here any more: its pins can be given back. Not said of one that was
+    checked and found good."""
 
     ticket: EmbeddingTicket

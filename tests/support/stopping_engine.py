@@ -13,7 +13,7 @@ outside. Files in `RUN_DIR/stops`, each of which holds a number n and goes when 
     encode   an encoder is about to compute a batch of images
     issue    an encoder has computed one, and is about to answer with its ticket
     pull     prefill is about to post a read of an embedding; then `copied` and `export` as above
-    pulled   prefill has verified all rows of an embedding and not released its ticket
+    pulled   prefill has all rows of an embedding and has not asked whether its ticket is good
 
 `stall` stops nothing: while it is there, reads are not posted and stay pending, also when they are aborted, as on a
 network card; later they land where they were told to. While `broken` is there, reads by shared memory fail on their
@@ -153,7 +153,7 @@ def install_embeddings(stops: Stops) -> None:
     pull: Any = EmbeddingPull
     pull._post = stops.before("pull", EmbeddingPull._post)
     reader: Any = EmbeddingReader
-    reader._finish = stops.before("pulled", EmbeddingReader._finish)
+    reader._check = stops.before("pulled", EmbeddingReader._check)
 
 
 def install(stops: Stops) -> None:

@@ -280,8 +280,6 @@ class EmbeddingReader:
     def _check(self, pull: EmbeddingPull) -> None:
         """Who reads the encoder's memory by itself has shown the ticket to nobody yet: it may have been altered."""
         pull.is_checking = True
-        for wanted in self._wanted.values():
-            wanted.pinned = [ticket for ticket in wanted.pinned if ticket.ticket_id != pull.ticket.ticket_id]
         self._emit(EmbeddingCheck(pull.ticket))
 
     def _note_check(self, ticket_id: str, error: KvRelayError | None) -> None:
@@ -289,9 +287,15 @@ class EmbeddingReader:
         for content_hash, pull in list(self._pulls.items()):
             if pull.is_checking and pull.ticket.ticket_id == ticket_id:
                 if error is None:
+                    self._forget_ticket(ticket_id)
                     self._finish(content_hash, pull)
                 else:
                     self._lose(content_hash, error)
+
+    def _forget_ticket(self, ticket_id: str) -> None:
+        """It was given back; one that could not be is given back again when its request ends."""
+        for wanted in self._wanted.values():
+            wanted.pinned = [ticket for ticket in wanted.pinned if ticket.ticket_id != ticket_id]
 
     def _finish(self, content_hash: bytes, pull: EmbeddingPull) -> None:
         del self._pulls[content_hash]
