@@ -76,6 +76,15 @@ class ReaderSide:
         self.memory.close()
 
 
+def pass_on_tickets(events: list[messages.Event], encoder: EncoderRig, reader: EmbeddingReader) -> None:
+    """Does what the prefill service does with what a reader said of tickets, and takes it out of `events`."""
+    for event in [one for one in events if isinstance(one, EmbeddingRelease | EmbeddingCheck)]:
+        events.remove(event)
+        error = encoder.answer_release(event.ticket).error
+        if isinstance(event, EmbeddingCheck):
+            reader.handle(EmbeddingChecked(event.ticket.ticket_id, error))
+
+
 class MediaPair:
     def __init__(self, *, num_blocks: int = 40, whole_runs: bool = False, **prefill: Any) -> None:
         self.clock = ManualClock()
@@ -108,11 +117,7 @@ class MediaPair:
         self.pass_on()
 
     def pass_on(self) -> None:
-        for event in [one for one in self.prefill.events if isinstance(one, EmbeddingRelease | EmbeddingCheck)]:
-            self.prefill.events.remove(event)
-            error = self.encoder.answer_release(event.ticket).error
-            if isinstance(event, EmbeddingCheck):
-                self.prefill.engine.handle(EmbeddingChecked(event.ticket.ticket_id, error))
+        pass_on_tickets(self.prefill.events, self.encoder, self.reader)
 
     def run(self, max_turns: int = 200) -> None:
         """Until all requests are over."""

@@ -9,7 +9,7 @@ from encoder_rig import HIDDEN, EncoderRig
 from engine_rig import EnginePair, EngineRig, attempt_of, make_generation
 from fake_runner import continuation
 from handoff_sides import LAYOUT, MODEL, SourceSide, make_sequence
-from media_rig import MediaPair, ReaderSide, generation_of, prompt_of
+from media_rig import MediaPair, ReaderSide, generation_of, pass_on_tickets, prompt_of
 from msgspec.structs import replace
 
 from kvrelay_core.clock import ManualClock
@@ -110,7 +110,8 @@ def test_references_that_do_not_fit_the_prompt_are_refused(media: tuple[MediaRef
 def test_a_hand_off_with_a_picture_arrives() -> None:
     clock, fabric = ManualClock(), MemoryFabric()
     encoder = EncoderRig(clock=clock, fabric=fabric)
-    side = ReaderSide(clock, fabric, lambda _: None)
+    said: list[messages.Event] = []
+    side = ReaderSide(clock, fabric, said.append)
     side.reader.handle(messages.ConnectPeer(encoder.peer()))
     pair = EnginePair(prefill={"media": side.media}, decode={"media": EngineMedia(MediaTraits(HIDDEN))})
     try:
@@ -121,6 +122,7 @@ def test_a_hand_off_with_a_picture_arrives() -> None:
         for _ in range(50):
             pair.turn()
             fabric.land_all()
+            pass_on_tickets(said, encoder, side.reader)
         assert pair.answer(1) == continuation(prompt_of(4, b"my cat", 2)[2], 4)
         assert not pair.reader.of(messages.HandoffLost) and not pair.reader.of(messages.RequestFailed)
         pair.check_empty()
