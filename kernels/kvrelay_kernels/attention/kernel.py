@@ -24,6 +24,41 @@ from kvrelay_kernels.launch import Launch, launch_for, num_multiprocessors
 
 
 @triton.jit
+def _span_of_split(first, end, split, TILE: tl.constexpr, NUM_SPLITS: tl.constexpr):
+    """The slots of this split among those from the tile of `first` on, up to `end`; whole tiles but for the last."""
+    begin = first // TILE * TILE
+    split_len = tl.cdiv(tl.cdiv(end - begin, TILE), NUM_SPLITS) * TILE
+    split_start = begin + split * split_len
+    return split_start, tl.minimum(end, split_start + split_len)
+
+
+@triton.jit
+def _slot_offsets(
+    table_ptr, start, slots, slot_mask, block_stride,
+    HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Where the vectors of a tile of slots begin, counted from the sequence's head in block 0."""
+    if BLOCK_TOKENS >= TILE:
+        # The tile lies in one block: both are powers of two, and tiles start at multiples of TILE.
+        blocks = tl.load(table_ptr + start // BLOCK_TOKENS).to(tl.int64)
+    else:
+        blocks = tl.load(table_ptr + slots // BLOCK_TOKENS, mask=slot_mask, other=0).to(tl.int64)
+    return blocks * block_stride + (slots % BLOCK_TOKENS) * HEAD_DIM
+
+
+@triton.jit
+def _accumulate(scores, v, largest, total, acc):
+    """One tile of the online softmax: the largest score, the sum of weights, the weighted values."""
+    new_largest = tl.maximum(largest, tl.max(scores, axis=1))
+    # A row that sees nothing of this tile yet must not compute -inf - -inf.
+    shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+    weights = tl.exp2(scores - shift[:, None])
+    decay = tl.exp2(largest - shift)
+    acc = acc * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+    return new_largest, total * decay + tl.sum(weights, axis=1), acc
+
+
+@triton.jit
 def _attend_kernel(
     q_ptr, pool_ptr, tables_ptr, tiles_ptr, query_starts_ptr, context_lens_ptr, last_visible_ptr, out_ptr, lse_ptr,
     scale_log2e, q_stride_token, q_stride_head, block_stride, plane_stride, table_stride, num_tokens,
@@ -57,15 +92,10 @@ def _attend_kernel(
     else:
         # The last query token of the tile sees the most; nothing past that is read.
         end = tl.minimum(context_len, context_len - query_len + (first_row + ROWS - 1) // GROUP + 1)
+    first = 0
     if WINDOW:
         first = tl.maximum(0, context_len - query_len + first_row // GROUP - WINDOW + 1)
-        begin = first // TILE * TILE
-        split_len = tl.cdiv(tl.cdiv(end - begin, TILE), NUM_SPLITS) * TILE
-        split_start = begin + split * split_len
-    else:
-        split_len = tl.cdiv(tl.cdiv(end, TILE), NUM_SPLITS) * TILE
-        split_start = split * split_len
-    split_end = tl.minimum(end, split_start + split_len)
+    split_start, split_end = _span_of_split(first, end, split, TILE, NUM_SPLITS)
 
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -77,13 +107,7 @@ def _attend_kernel(
         slot_mask = slots < split_end
         if WINDOW:
             slot_mask &= slots >= first
-        if BLOCK_TOKENS >= TILE:
-            # The tile lies in one block: both are powers of two, and tiles start at multiples of TILE.
-            block = tl.load(table_ptr + start // BLOCK_TOKENS).to(tl.int64)
-            slot_offset = block * block_stride + (slots % BLOCK_TOKENS) * HEAD_DIM
-        else:
-            blocks = tl.load(table_ptr + slots // BLOCK_TOKENS, mask=slot_mask, other=0).to(tl.int64)
-            slot_offset = blocks * block_stride + (slots % BLOCK_TOKENS) * HEAD_DIM
+        slot_offset = _slot_offsets(table_ptr, start, slots, slot_mask, block_stride, HEAD_DIM, BLOCK_TOKENS, TILE)
         kv_ptr = head_ptr + slot_offset[:, None] + columns[None, :]
         kv_mask = slot_mask[:, None] & column_mask[None, :]
         k = tl.load(kv_ptr, mask=kv_mask, other=0.0)
@@ -92,15 +116,8 @@ def _attend_kernel(
         if WINDOW:
             visible &= slots[None, :] > positions[:, None] - WINDOW
         scores = tl.where(visible, scores, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(scores, axis=1))
-        # A row that sees nothing of this tile yet must not compute -inf - -inf.
-        shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-        weights = tl.exp2(scores - shift[:, None])
-        decay = tl.exp2(largest - shift)
         v = tl.load(kv_ptr + plane_stride, mask=kv_mask, other=0.0)
-        acc = acc * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        total = total * decay + tl.sum(weights, axis=1)
-        largest = new_largest
+        largest, total, acc = _accumulate(scores, v, largest, total, acc)
 
     safe_total = tl.where(total == 0.0, 1.0, total)
     acc = acc / safe_total[:, None]
