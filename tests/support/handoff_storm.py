@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from handoff_sides import ADDRESS, LAYOUT, MODEL, SourceSide, fill_block, first_tokens, make_sequence
-from storm_links import make_link
+from storm_thread_links import make_link
 
 from kvrelay_core.clock import ManualClock
 from kvrelay_core.error_info import info_of
@@ -34,6 +34,7 @@ from kvrelay_engine.messages import (
     HandoffFailed,
     HandoffReady,
     HandoffRelease,
+    PeerFailed,
     ReleaseTicket,
 )
 from kvrelay_engine.sequence import Sequence
@@ -132,6 +133,8 @@ class HandoffStorm:
         flight = Flight(prefill, decode, ticket, digests, disturbance, disturb_at, self.side)
         self.flights[flight.id] = flight
         self._next_id += 1
+        if not self._is_connected:  # as a service does before it hands a ticket on
+            self._connect()
         self.reader.open(decode, ticket)
         self.side.source.handle(FollowAttach(flight.id, ticket))
 
@@ -185,10 +188,13 @@ class HandoffStorm:
         taken = list(self.events)
         self.events.clear()
         for event in taken:
-            if isinstance(event, HandoffRelease):
-                self.side.source.handle(FollowRelease(event.id, event.reason))
-            else:
-                self.link.take(event)
+            match event:
+                case HandoffRelease(request_id, reason):
+                    self.side.source.handle(FollowRelease(request_id, reason))
+                case PeerFailed():
+                    self._is_connected = False
+                case _:
+                    self.link.take(event)
         self.side.source.tick()
 
     # ----------------------------------------------------------------------------------------- disturbances
@@ -311,6 +317,7 @@ class HandoffStorm:
         self._connect()
 
     def _connect(self) -> None:
+        self._is_connected = True
         self.reader.handle(ConnectPeer(self.side.peer(self.link.offer_of(self.side))))
 
     def _end_prefill(self, flight: Flight) -> None:

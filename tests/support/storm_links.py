@@ -1,4 +1,4 @@
-"""The way from a source's pool to a reader's in the storm of hand-offs: over the memory fabric, shm or grpc.
+"""The way from a source's pool to a reader's in the storm of hand-offs: what all have, the memory fabric and grpc.
 
 `progress` lets something of what is under way happen, in an order that chance decides. Knows nothing of requests.
 """
@@ -6,10 +6,8 @@
 from __future__ import annotations
 
 import random
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from pathlib import Path
 
 from handoff_sides import LAYOUT, SourceSide, make_memory
 
@@ -21,7 +19,6 @@ from kvrelay_engine.messages import Event, Export, Exported, Fetch, FetchAbort, 
 from kvrelay_transfer.connectors.base import Connector, ConnectorOffer
 from kvrelay_transfer.connectors.grpc import GrpcConnector
 from kvrelay_transfer.connectors.memory import MemoryConnector, MemoryFabric
-from kvrelay_transfer.connectors.shm import ShmConnector
 from kvrelay_transfer.staging import BlockStaging, slot_bytes_for
 from kvrelay_transfer.staging_slots import StagingSlots
 
@@ -85,35 +82,6 @@ class MemoryLink(StormLink):
 
     def written_blocks(self) -> list[int]:
         return [block for read in self._fabric.pending for block in read.request.local_blocks]
-
-
-class ShmLink(StormLink):
-    """Its thread copies while the test goes on: what comes in between is the scheduler's choice."""
-
-    def __init__(self, clock: ManualClock, num_blocks: int, emit: Callable[[Event], None], directory: Path) -> None:
-        self._directory = directory
-        self._source: ShmConnector | None = None
-        super().__init__(clock, num_blocks, emit)
-
-    def make_connector(self) -> Connector:
-        return ShmConnector(self.memory, self.clock, None)
-
-    def offer_of(self, side: SourceSide) -> ConnectorOffer:
-        if self._source is not None:
-            self._source.close()
-        self._source = ShmConnector(side.memory, self.clock, self._directory / "source.sock")
-        offer = self._source.offer()
-        assert offer is not None
-        return offer
-
-    def progress(self, reader: HandoffReader, chance: random.Random) -> None:
-        self.between()
-        time.sleep(0)  # lets the interpreter go
-
-    def close(self) -> None:
-        super().close()
-        assert self._source is not None
-        self._source.close()
 
 
 class GrpcLink(StormLink):
@@ -181,16 +149,3 @@ class GrpcLink(StormLink):
         assert sorted(self._free) == list(range(NUM_SLOTS)), "a staging slot was not given back"
         self._staging.close()
         self._slots.close()
-
-
-def make_link(
-    name: str, clock: ManualClock, num_blocks: int, emit: Callable[[Event], None], directory: Path
-) -> StormLink:
-    match name:
-        case "memory":
-            return MemoryLink(clock, num_blocks, emit)
-        case "shm":
-            return ShmLink(clock, num_blocks, emit, directory)
-        case "grpc":
-            return GrpcLink(clock, num_blocks, emit)
-    raise AssertionError(name)
