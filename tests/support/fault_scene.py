@@ -25,7 +25,7 @@ BUSY_S = 4.0
 BUSY_NOTICE_S = 1.0
 Point = tuple[str, str, int]  # whose engine is stopped, where, and at which time of passing
 # Of the eleven steps of a prompt. During a pull the source stands still too: else it might be through with it before
-# the fault comes.
+# the fault comes, or before the reader has followed.
 STEPS_BEFORE = 8
 TOKENS_BEFORE = 5
 POINTS: dict[Stage, tuple[Point, ...]] = {
@@ -97,6 +97,8 @@ class Scene:
             process: FaultProcess = getattr(self, role)
             process.arm(point, count)
             self.stopped.append(process)
+            if point == "sealed":
+                process.arm("alone")
 
     def stall_reads(self) -> None:
         """Before the request: nothing is read until `arm_then_read`."""
@@ -112,6 +114,7 @@ class Scene:
     def wait_stage(self) -> None:
         for process in self.stopped:
             process.wait_stopped(STAGE_DEADLINE_S)
+            process.disarm("alone")
         self.started_s = time.monotonic()
 
     def go_on(self) -> None:

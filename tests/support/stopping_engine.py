@@ -15,9 +15,10 @@ outside. Files in `RUN_DIR/stops`, each of which holds a number n and goes when 
     pull     prefill is about to post a read of an embedding; then `copied` and `export` as above
     pulled   prefill has all rows of an embedding and has not asked whether its ticket is good
 
-`stall` stops nothing: while it is there, reads are not posted and stay pending, also when they are aborted, as on a
-network card; later they land where they were told to. While `broken` is there, reads by shared memory fail on their
-way. Whoever waits for a stop looks at the process's state.
+`alone` stops nothing: while it is there, the source computes nothing as long as a ticket of it has no reader yet, so it
+is not through with a prompt before its reader has come. Nor does `stall`: while it is there, reads are not posted and
+stay pending, also when they are aborted, as on a network card; later they land where they were told to. While `broken`
+is there, reads by shared memory fail on their way. Whoever waits for a stop looks at the process's state.
 
 In the environment, STOPPING_ENGINE_REST_S is how long a connector is left alone at first, in place of half a minute,
 and STOPPING_ENGINE_PINNED_S how long an embedding is pinned for its reader, in place of as long.
@@ -53,6 +54,7 @@ from kvrelay_transfer.connectors.base import BlockRead, EndedTransfer, Transfer,
 from kvrelay_transfer.connectors.copy_thread import copy_span
 from kvrelay_transfer.connectors.nixl_link import NixlLink
 from kvrelay_transfer.connectors.ucx_source import UcxSource
+from kvrelay_transfer.lease import LeaseState
 from kvrelay_transfer.staging import BlockStaging
 from kvrelay_transfer.ticket import EmbeddingTicket
 
@@ -66,6 +68,10 @@ class Stops:
     @property
     def stall(self) -> Path:
         return self._folder / "stall"
+
+    @property
+    def alone(self) -> Path:
+        return self._folder / "alone"
 
     @property
     def broken(self) -> Path:
@@ -130,6 +136,17 @@ def breakable(read: Callable[[Any, BlockRead], Transfer], broken: Path) -> Calla
     return reading
 
 
+def accompanied(step: Callable[[Engine], bool], alone: Path) -> Callable[[Engine], bool]:
+    @wraps(step)
+    def stepping(engine: Engine) -> bool:
+        leases = engine.source._leases._leases.values()
+        if alone.exists() and any(lease.state is LeaseState.GRANTED for lease in leases):
+            return False
+        return step(engine)
+
+    return stepping
+
+
 def shorten_rests(first_s: float) -> None:
     health: Any = link_health
     health._Record = partial(health._Record, rest_s=first_s)
@@ -177,6 +194,7 @@ def install(stops: Stops) -> None:
     source.sealed = stops.before("sealed", HandoffSource.sealed)
     engine: Any = Engine
     engine._append = stops.before("token", Engine._append)
+    engine.step = accompanied(Engine.step, stops.alone)
     staging: Any = BlockStaging
     staging.copy_out = stops.after("export", BlockStaging.copy_out)
     copies: Any = shm
