@@ -117,13 +117,18 @@ class PeerLinks:
             left.close()
         self._left = [entry for entry in self._left if entry[1].peer.peer_id != peer_id]
 
-    def tear_down(self, peer_id: str, error: KvRelayError) -> None:
-        """Closes a link that does not progress, which speaks against its connector; its transfers become terminal."""
+    def tear_down(self, peer_id: str, connector: str) -> None:
+        """Closes what does not progress, which speaks against the connector; its transfers become terminal, at once or
+        when the connector can. Links over other connectors stay."""
         active = self._links.get(peer_id)
-        if active is not None:
-            self._health.note_failure(peer_id, active.connector)
+        if active is not None and active.connector == connector:
+            self._health.note_failure(peer_id, connector)
             self.disconnect(peer_id)
-            self._fail(peer_id, error)
+            self._fail(peer_id, TransferError(f"too many reads from {peer_id} were given up unfinished"))
+            return
+        for _, left in self._left:
+            if (left.peer.peer_id, left.connector) == (peer_id, connector):
+                left.close()
 
     def find(self, peer_id: str, engine_epoch: bytes) -> ActiveLink | None:
         """None while the peer is not connected in this epoch. Raises what the last attempt failed with."""

@@ -84,7 +84,7 @@ class ReaderLimits(Struct, frozen=True):
     connect_budget_s: float = 5.0  # to wait for the link to the source
     max_reads: int = 4  # under way per hand-off
     max_read_bytes: int = 32 << 20
-    max_quarantined_share: float = 0.25  # of the pool, per peer
+    max_quarantined_share: float = 0.25  # of the pool, per link
 
 
 class HandoffReader:
@@ -344,11 +344,11 @@ class HandoffReader:
         """Frees the blocks after the first `kept`, except those that a read may still write to."""
         self._pool.release(incoming.unused_blocks(kept))
         for read in incoming.reads:
-            self._quarantine.add(read.peer_id, read.transfer, read.blocks)
+            self._quarantine.add(read.peer_id, read.connector, read.transfer, read.blocks)
         self._collect_quarantine()
 
     def _collect_quarantine(self) -> None:
         self._pool.release(self._quarantine.collect())
-        for peer_id in self._quarantine.peers_over_cap():
-            self.peers.tear_down(peer_id, TransferError(f"too many reads from {peer_id} were given up unfinished"))
+        for peer_id, connector in self._quarantine.links_over_cap():
+            self.peers.tear_down(peer_id, connector)
             self._pool.release(self._quarantine.collect())

@@ -45,7 +45,7 @@ class PullLimits(Struct, frozen=True):
     max_wait_s: float = 2.0
     max_reads: int = 4  # under way per pull
     max_read_bytes: int = 32 << 20
-    max_quarantined_share: float = 0.1  # of the pool, per peer
+    max_quarantined_share: float = 0.1  # of the pool, per link
 
 
 @dataclass(slots=True, eq=False)
@@ -176,7 +176,7 @@ class PrefixPulls:
         for read in pull.reads:
             assert pull.ticket is not None
             blocks = [pull.blocks[position] for position in read.positions]
-            self._quarantine.add(pull.ticket.source_address, read.transfer, blocks)
+            self._quarantine.add(pull.ticket.source_address, read.connector, read.transfer, blocks)
         self._collect_quarantine()
         self._emit(PrefixPulled(request_id, self._timing(pull)))
 
@@ -285,6 +285,6 @@ class PrefixPulls:
 
     def _collect_quarantine(self) -> None:
         self._pool.release(self._quarantine.collect())
-        for peer_id in self._quarantine.peers_over_cap():
-            self._peers.tear_down(peer_id, TransferError(f"too many reads from {peer_id} were given up unfinished"))
+        for peer_id, connector in self._quarantine.links_over_cap():
+            self._peers.tear_down(peer_id, connector)
             self._pool.release(self._quarantine.collect())

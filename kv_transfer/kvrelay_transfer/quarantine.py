@@ -1,11 +1,13 @@
 """Destination blocks whose read was given up but has not ended: nobody may write or reuse them (PROTOCOL A5).
 
-A block leaves the quarantine when its transfer reports a terminal state, and in no other way. A peer that
-holds too many is to be torn down, which ends its transfers. Knows nothing of requests or pools.
+A block leaves the quarantine when its transfer reports a terminal state, and in no other way. A link (a connector to a
+peer) that holds too many is to be torn down, which ends its transfers, at once or when the connector can. Links over
+other connectors to the same peer are none the worse for it. Knows nothing of requests or pools.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -15,19 +17,20 @@ from kvrelay_transfer.connectors.base import Transfer
 @dataclass(slots=True, frozen=True, eq=False)
 class _Held:
     peer_id: str
+    connector: str
     transfer: Transfer
     blocks: tuple[int, ...]
 
 
 class Quarantine:
-    def __init__(self, max_blocks_per_peer: int) -> None:
-        self._max_blocks_per_peer = max_blocks_per_peer
+    def __init__(self, max_blocks_per_link: int) -> None:
+        self._max_blocks_per_link = max_blocks_per_link
         self._held: list[_Held] = []
 
-    def add(self, peer_id: str, transfer: Transfer, blocks: Iterable[int]) -> None:
+    def add(self, peer_id: str, connector: str, transfer: Transfer, blocks: Iterable[int]) -> None:
         """Asks the transfer to end early and takes over its destination blocks."""
         transfer.abort()
-        self._held.append(_Held(peer_id, transfer, tuple(blocks)))
+        self._held.append(_Held(peer_id, connector, transfer, tuple(blocks)))
 
     def collect(self) -> list[int]:
         """Polls every transfer; returns the blocks that are free to be reused now."""
@@ -49,9 +52,9 @@ class Quarantine:
     def num_blocks(self) -> int:
         return sum(len(held.blocks) for held in self._held)
 
-    def peers_over_cap(self) -> list[str]:
-        """Peers whose connection is to be torn down."""
-        num_blocks: dict[str, int] = {}
+    def links_over_cap(self) -> list[tuple[str, str]]:
+        """(peer, connector) of links that are to be torn down."""
+        num_blocks: Counter[tuple[str, str]] = Counter()
         for held in self._held:
-            num_blocks[held.peer_id] = num_blocks.get(held.peer_id, 0) + len(held.blocks)
-        return [peer_id for peer_id, count in num_blocks.items() if count > self._max_blocks_per_peer]
+            num_blocks[held.peer_id, held.connector] += len(held.blocks)
+        return [link for link, count in num_blocks.items() if count > self._max_blocks_per_link]

@@ -90,11 +90,11 @@ class EmbeddingPull:
             )
         self.num_verified += read.end - read.first
 
-    def destinations(self) -> list[tuple[Transfer, tuple[int, ...]]]:
-        """Of the reads that are under way, with the blocks that they write to."""
-        return [(read.transfer, self.blocks[read.first : read.end]) for read in self.reads]
+    def destinations(self) -> list[tuple[str, Transfer, tuple[int, ...]]]:
+        """Of the reads that are under way: connector, transfer and the blocks that it writes to."""
+        return [(read.connector, read.transfer, self.blocks[read.first : read.end]) for read in self.reads]
 
     def idle_blocks(self) -> list[int]:
         """Ours that no read writes to."""
-        busy = {block for _, blocks in self.destinations() for block in blocks}
+        busy = {block for _, _, blocks in self.destinations() for block in blocks}
         return [block for block in self.blocks if block not in busy]

@@ -60,7 +60,7 @@ class EmbeddingLimits(Struct, frozen=True):
     connect_budget_s: float = 5.0  # to wait for the link to the encoder
     max_reads: int = 4  # under way per item
     max_read_bytes: int = 32 << 20
-    max_quarantined_share: float = 0.25  # of the pool, per peer
+    max_quarantined_share: float = 0.25  # of the pool, per link
 
 
 @dataclass(slots=True, eq=False)
@@ -337,14 +337,14 @@ class EmbeddingReader:
     def _give_up(self, content_hash: bytes) -> None:
         pull = self._pulls.pop(content_hash)
         self.cache.give_back(pull.idle_blocks())
-        for transfer, blocks in pull.destinations():
-            self._quarantine.add(pull.ticket.source_address, transfer, blocks)
+        for connector, transfer, blocks in pull.destinations():
+            self._quarantine.add(pull.ticket.source_address, connector, transfer, blocks)
         self._collect_quarantine()
 
     def _collect_quarantine(self) -> None:
         self.cache.give_back(self._quarantine.collect())
-        for peer_id in self._quarantine.peers_over_cap():
-            self.peers.tear_down(peer_id, TransferError(f"too many reads from {peer_id} were given up unfinished"))
+        for peer_id, connector in self._quarantine.links_over_cap():
+            self.peers.tear_down(peer_id, connector)
             self.cache.give_back(self._quarantine.collect())
 
     # ----------------------------------------------------------------------------------------- accounting

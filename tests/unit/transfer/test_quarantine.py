@@ -22,10 +22,10 @@ class StubTransfer(Transfer):
 
 @pytest.mark.parametrize("end", [TransferState.DONE, TransferState.FAILED, TransferState.TORN_DOWN])
 def test_blocks_are_held_until_their_transfer_ends(end: TransferState) -> None:
-    quarantine = Quarantine(max_blocks_per_peer=10)
+    quarantine = Quarantine(max_blocks_per_link=10)
     first, second = StubTransfer(), StubTransfer()
-    quarantine.add("peer", first, [1, 2])
-    quarantine.add("peer", second, [3])
+    quarantine.add("peer", "nixl", first, [1, 2])
+    quarantine.add("peer", "nixl", second, [3])
     assert first.was_aborted and second.was_aborted
     assert quarantine.collect() == [] and quarantine.num_blocks == 3
 
@@ -35,10 +35,11 @@ def test_blocks_are_held_until_their_transfer_ends(end: TransferState) -> None:
     assert quarantine.collect() == []
 
 
-def test_the_cap_is_per_peer() -> None:
-    quarantine = Quarantine(max_blocks_per_peer=3)
-    quarantine.add("slow", StubTransfer(), [1, 2])
-    quarantine.add("other", StubTransfer(), [3, 4, 5])
-    assert quarantine.peers_over_cap() == []
-    quarantine.add("slow", StubTransfer(), [6, 7])
-    assert quarantine.peers_over_cap() == ["slow"]
+def test_the_cap_is_per_link() -> None:
+    quarantine = Quarantine(max_blocks_per_link=3)
+    quarantine.add("slow", "nixl", StubTransfer(), [1, 2])
+    quarantine.add("slow", "grpc", StubTransfer(), [8, 9])
+    quarantine.add("other", "nixl", StubTransfer(), [3, 4, 5])
+    assert quarantine.links_over_cap() == []
+    quarantine.add("slow", "nixl", StubTransfer(), [6, 7])
+    assert quarantine.links_over_cap() == [("slow", "nixl")]
