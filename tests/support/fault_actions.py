@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fault_scene import Scene
+from fault_worker import Part
 from process_memory import open_pool
 
 LONGER_THAN_THE_LEASE_S = 5.0
@@ -104,8 +105,8 @@ def _restart(role: str) -> Callable[[Scene], None]:
     return lambda scene: scene.cluster.restart(getattr(scene, role))
 
 
-def _freeze(role: str, *, engine_only: bool = False) -> Callable[[Scene], None]:
-    return lambda scene: scene.freeze(getattr(scene, role), engine_only=engine_only)
+def _freeze(role: str, part: Part = Part.BOTH) -> Callable[[Scene], None]:
+    return lambda scene: scene.freeze(getattr(scene, role), part)
 
 
 def _thaw(role: str) -> Callable[[Scene], None]:
@@ -129,11 +130,13 @@ FAULT_ACTIONS: dict[str, Fault] = {
     "reader killed": Fault(kill_reader, _restart("reader")),
     "source stopped for 5 s": Fault(_freeze("source"), _thaw("source"), LONGER_THAN_THE_LEASE_S),
     "reader stopped for 5 s": Fault(_freeze("reader"), _thaw("reader"), LONGER_THAN_THE_LEASE_S),
-    "source's engine hung for 5 s": Fault(
-        _freeze("source", engine_only=True), _thaw("source"), LONGER_THAN_THE_LEASE_S
+    "source's engine hung for 5 s": Fault(_freeze("source", Part.ENGINE), _thaw("source"), LONGER_THAN_THE_LEASE_S),
+    "reader's engine hung for 5 s": Fault(_freeze("reader", Part.ENGINE), _thaw("reader"), LONGER_THAN_THE_LEASE_S),
+    "source's service stopped for 5 s": Fault(
+        _freeze("source", Part.SERVICE), _thaw("source"), LONGER_THAN_THE_LEASE_S
     ),
-    "reader's engine hung for 5 s": Fault(
-        _freeze("reader", engine_only=True), _thaw("reader"), LONGER_THAN_THE_LEASE_S
+    "reader's service stopped for 5 s": Fault(
+        _freeze("reader", Part.SERVICE), _thaw("reader"), LONGER_THAN_THE_LEASE_S
     ),
     "network cut": Fault(_hold, _mend, at_least_s=CUT_AT_LEAST_S),
     "slow link": Fault(_slow, _mend),

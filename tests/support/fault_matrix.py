@@ -145,6 +145,18 @@ _ROWS: dict[str, tuple[Column, Column, Column, Column]] = {
         (GOES_ON, 8, (LEASE,)),
         (GOES_ON, 8),
     ),
+    "source's service stopped for 5 s": (
+        (MOVES, 6, (ROUTER,)),
+        (MOVES, 7, (ROUTER, READER)),
+        (GOES_ON, 3, (ROUTER,)),
+        (GOES_ON, 3, (ROUTER,)),
+    ),
+    "reader's service stopped for 5 s": (
+        (RIGHT, 7, (ROUTER,)),
+        (MOVES, 7, (ROUTER, SOURCE)),
+        (MOVES, 7, (ROUTER, SOURCE)),
+        (MOVES, 7, (ROUTER,)),
+    ),
     "network cut": (
         (MOVES, 6, (READER,)),
         (MOVES, 7, (READER, SOURCE)),
@@ -206,6 +218,8 @@ _VARIANTS = {
     "reader stopped for 5 s": "source stopped for 5 s",
     "source's engine hung for 5 s": "source stopped for 5 s",
     "reader's engine hung for 5 s": "source stopped for 5 s",
+    "source's service stopped for 5 s": "source stopped for 5 s",
+    "reader's service stopped for 5 s": "source stopped for 5 s",
     "reader paused for 1.5 s": "source paused for 1.5 s",
     "network away for 1.5 s": "source paused for 1.5 s",
     "pool full on every reader": "pool full on the reader",

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from answers import Answer, ask
 from fault_cluster import FaultCluster, Pair
 from fault_matrix import Notice, Stage
-from fault_worker import FaultProcess
+from fault_worker import FaultProcess, Part
 
 from kvrelay_client import AsyncClient
 from kvrelay_core.errors import KvRelayError
@@ -121,11 +121,12 @@ class Scene:
         """Unless the fault is that it does not."""
         for process in self.stopped:
             if process.name not in self.frozen and process.is_running:
-                process.send(signal.SIGCONT, engine_only=True)
+                process.send(signal.SIGCONT, Part.ENGINE)
 
-    def freeze(self, process: FaultProcess, *, engine_only: bool = False) -> None:
-        process.send(signal.SIGSTOP, engine_only=engine_only)
-        self.frozen.add(process.name)
+    def freeze(self, process: FaultProcess, part: Part) -> None:
+        process.send(signal.SIGSTOP, part)
+        if part is not Part.SERVICE:
+            self.frozen.add(process.name)
         self.victim = process.name
 
     def thaw(self, process: FaultProcess) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from enum import Enum, auto
 from pathlib import Path
 
 import grpc
@@ -21,6 +22,14 @@ from kvrelay.v1.worker_pb2_grpc import WorkerServiceStub
 
 STOP_POLL_S = 0.002
 SHOWN_CHARS = 6000
+
+
+class Part(Enum):
+    """Which processes of a worker."""
+
+    SERVICE = auto()
+    ENGINE = auto()
+    BOTH = auto()
 
 
 class FaultProcess:
@@ -117,8 +126,15 @@ class FaultProcess:
         [pid] = [pid for pid in self.pids[1:] if "--config" in command_line(pid)]
         return pid
 
-    def send(self, number: signal.Signals, *, engine_only: bool = False) -> None:
-        for pid in [self.engine_pid] if engine_only else self.pids:
+    def send(self, number: signal.Signals, part: Part = Part.BOTH) -> None:
+        match part:
+            case Part.SERVICE:
+                pids = [self.process.pid]
+            case Part.ENGINE:
+                pids = [self.engine_pid]
+            case Part.BOTH:
+                pids = self.pids
+        for pid in pids:
             os.kill(pid, number)
 
     def limit_files(self, size_bytes: int) -> None:
