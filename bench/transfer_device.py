@@ -9,9 +9,10 @@ import msgspec
 import torch
 
 from kvrelay_cli.transfer.pair import Pair
-from kvrelay_transfer.connectors.base import BlockSlices, SliceShape
+from kvrelay_transfer.connectors.base import BlockSlices, SliceShape, as_blocks
+from kvrelay_transfer.connectors.block_runs import merge_runs
 from kvrelay_transfer.connectors.cuda_ipc import CudaIpcConnector, CudaIpcEndpoint
-from kvrelay_transfer.connectors.device_copy import DeviceCopier, MappedPool, as_array, merge_runs
+from kvrelay_transfer.connectors.device_copy import DeviceCopier, MappedPool
 from kvrelay_transfer.connectors.offset_tables import has_fired
 
 ROW_BYTES = 4 << 10  # of a slice: 16 tokens of one head of 128 in two bytes
@@ -23,7 +24,7 @@ class DeviceWays:
     def __init__(self, pair: Pair, copier: DeviceCopier, source: MappedPool) -> None:
         self.copier = copier
         self.source = source
-        self._remote, self._local = as_array(pair.spans.remote), as_array(pair.spans.local)
+        self._remote, self._local = as_blocks(pair.spans.remote), as_blocks(pair.spans.local)
         self._runs = merge_runs(self._remote, self._local)
         rows = pair.layout.block_bytes // ROW_BYTES
         shape = SliceShape(rows, 1, ROW_BYTES, ROW_BYTES, 0, ROW_BYTES, 0)

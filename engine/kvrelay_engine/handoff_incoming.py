@@ -11,13 +11,16 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from kvrelay_core.errors import KvRelayError, MismatchError, StaleTicketError, UnsupportedError
 from kvrelay_core.request import FirstToken, HandoffTiming
 from kvrelay_engine.block_pool import NULL_BLOCK
 from kvrelay_engine.messages import HandoffComplete
 from kvrelay_engine.pull_plan import PullPlan
 from kvrelay_engine.sequence import Sequence
-from kvrelay_transfer.connectors.base import BlockRead, Transfer
+from kvrelay_transfer.connectors.base import BlockRead, Blocks, Transfer, as_blocks
+from kvrelay_transfer.fence import WordArray, agree
 from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.ticket import GroupBlocks, KvTicket
 
@@ -56,13 +59,18 @@ class PostedRead:
 
     first: int
     end: int
-    blocks: tuple[int, ...]  # the local destination, each block once
-    expected_words: tuple[int, ...]
+    read: BlockRead
+    expected_words: WordArray
     size_bytes: int
     transfer: Transfer
     peer_id: str
     connector: str
     is_second_try: bool = False
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The local destination, each block once."""
+        return tuple(dict.fromkeys(self.read.local_blocks))
 
 
 @dataclass(slots=True, eq=False)
@@ -85,6 +93,12 @@ class Incoming:
     reading_s: float = 0.0  # time with a read under way
     connector: str = ""
     _verified_ahead: dict[int, int] = field(default_factory=dict)  # first block -> end, behind a gap
+    _remote: Blocks = field(init=False)  # the ticket's, as arrays
+    _words: WordArray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._remote = as_blocks(self.group.blocks)
+        self._words = np.array(self.group.words, np.uint64)
 
     @property
     def request_id(self) -> int:
@@ -156,17 +170,15 @@ class Incoming:
         self, first: int, end: int, peer_id: str, connector: str, read: Callable[[BlockRead], Transfer]
     ) -> PostedRead:
         self.connector = connector
-        group, pairs = self.group, self.plan.pair(first, end, self.num_reused)
-        remote = tuple(group.blocks[position] for position in pairs.remote)
-        local = tuple(self.blocks[position] for position in pairs.local)
-        words = tuple(group.words[position] for position in pairs.remote)
-        transfer = read(BlockRead(self.ticket, group.group, remote, local, pairs.slices))
-        blocks, size_bytes = tuple(dict.fromkeys(local)), self.plan.size_bytes(pairs)
-        return PostedRead(first, end, blocks, words, size_bytes, transfer, peer_id, connector)
+        pairs = self.plan.pair(first, end, self.num_reused)
+        remote, words = self._remote[pairs.remote], self._words[pairs.remote]
+        wanted = BlockRead(self.ticket, self.group.group, remote, as_blocks(self.blocks)[pairs.local], pairs.slices)
+        size_bytes = self.plan.size_bytes(pairs)
+        return PostedRead(first, end, wanted, words, size_bytes, read(wanted), peer_id, connector)
 
     def verify(self, read: PostedRead) -> None:
         """Compares the words that followed the data with the ticket's (PROTOCOL A6): all or nothing."""
-        if tuple(read.transfer.words) != read.expected_words:
+        if not agree(read.transfer.words, read.expected_words):
             raise StaleTicketError(
                 "blocks of the ticket were reused before they were read; nothing of that read is used",
                 ticket_id=self.ticket.ticket_id,

@@ -12,7 +12,7 @@ from kvrelay_core.errors import KvRelayError, TransferError
 from kvrelay_engine.link_health import is_fault_of_the_way
 from kvrelay_engine.transfer_stats import TransferStats
 from kvrelay_transfer.connectors.base import BlockRead, Transfer, TransferState
-from kvrelay_transfer.connectors.copy_thread import merge_runs
+from kvrelay_transfer.connectors.block_runs import count_runs
 
 
 class Way(Protocol):
@@ -89,10 +89,10 @@ class LinkRead(Transfer):
     def _size_bytes(self) -> int:
         read = self._read
         each = self._block_bytes if read.slices is None else read.slices.shape.size_bytes
-        return len(read.local_blocks) * each
+        return len(read.local) * each
 
     def _num_spans(self) -> int:
         read = self._read
         if read.slices is None:
-            return len(merge_runs(read.remote_blocks, read.local_blocks))
-        return len(read.local_blocks) * read.slices.shape.outer * read.slices.shape.inner
+            return count_runs(read.remote, read.local)
+        return len(read.local) * read.slices.shape.outer * read.slices.shape.inner

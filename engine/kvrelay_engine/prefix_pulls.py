@@ -16,6 +16,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 from msgspec import Struct
 
 from kvrelay_core.clock import Clock
@@ -30,7 +31,8 @@ from kvrelay_engine.prefix_messages import PrefixFound, PrefixPulled, PrefixWant
 from kvrelay_engine.pull_plan import PullPlan
 from kvrelay_engine.sequence import Sequence
 from kvrelay_engine.throughput import Throughput
-from kvrelay_transfer.connectors.base import BlockRead, Transfer, TransferState
+from kvrelay_transfer.connectors.base import BlockRead, Transfer, TransferState, as_blocks
+from kvrelay_transfer.fence import WordArray, agree
 from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.quarantine import Quarantine
 from kvrelay_transfer.slice_plan import BlockPairs
@@ -51,7 +53,7 @@ class PullLimits(Struct, frozen=True):
 @dataclass(slots=True, eq=False)
 class _PostedRead:
     positions: tuple[int, ...]  # of our blocks that it fills
-    expected_words: tuple[int, ...]
+    expected_words: WordArray
     size_bytes: int
     transfer: Transfer
     connector: str
@@ -247,7 +249,7 @@ class PrefixPulls:
 
     def _take_in(self, pull: _Pull, read: _PostedRead) -> None:
         """Compares the words that followed the data with the ticket's (PROTOCOL A6): all or nothing."""
-        if tuple(read.transfer.words) != read.expected_words:
+        if not agree(read.transfer.words, read.expected_words):
             if pull.ticket is not None:
                 self._peers.records.note_stale(pull.ticket.source_address, read.connector)
             raise StaleTicketError("blocks of the prefix were reused before they were read; nothing of it is used")
@@ -273,11 +275,12 @@ class PrefixPulls:
         self, pull: _Pull, ticket: KvTicket, plan: PullPlan, pairs: BlockPairs, active: ActiveLink
     ) -> _PostedRead:
         group = ticket.groups[0]
-        remote = tuple(group.blocks[position] for position in pairs.remote)
-        local = tuple(pull.blocks[position] for position in pairs.local)
-        words = tuple(group.words[position] for position in pairs.remote)
+        remote, words = as_blocks(group.blocks)[pairs.remote], np.array(group.words, np.uint64)[pairs.remote]
+        local = as_blocks(pull.blocks)[pairs.local]
         transfer = active.read(BlockRead(ticket, group.group, remote, local, pairs.slices))
-        return _PostedRead(tuple(dict.fromkeys(pairs.local)), words, plan.size_bytes(pairs), transfer, active.connector)
+        return _PostedRead(
+            tuple(dict.fromkeys(pairs.local.tolist())), words, plan.size_bytes(pairs), transfer, active.connector
+        )
 
     def _timing(self, pull: _Pull) -> HandoffTiming:
         reading_s = 0.0 if pull.reading_since_s is None else self._clock.now() - pull.reading_since_s

@@ -16,6 +16,12 @@ WORD_BYTES = 8
 _GENERATION_MASK = 0xFFFF_FFFF
 
 WordArray = npt.NDArray[np.uint64]
+Words = tuple[int, ...] | WordArray
+
+
+def agree(words: Words, others: Words) -> bool:
+    """Whether the two name the same words in the same order. 64 bits each: no array of them is made as of floats."""
+    return bool(np.array_equal(np.asarray(words, np.uint64), np.asarray(others, np.uint64)))
 
 
 class MemoryFence:
@@ -75,9 +81,9 @@ class RemoteWords:
     def read(self, blocks: Sequence[int]) -> tuple[int, ...]:
         """The words now; no load of data that came before is delayed past them."""
         # A tuple is read so in half the time that np.array() takes.
-        return self.read_at(np.fromiter(blocks, np.int64, len(blocks)))
+        return tuple(self.read_at(np.fromiter(blocks, np.int64, len(blocks))).tolist())
 
-    def read_at(self, blocks: npt.NDArray[np.int64]) -> tuple[int, ...]:
-        """The same for block numbers in an array."""
+    def read_at(self, blocks: npt.NDArray[np.int64]) -> WordArray:
+        """The same as an array."""
         self._fence()
-        return tuple(self._words[blocks].tolist())
+        return self._words[blocks]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvrelay_transfer.connectors.base import BlockSlices
+from kvrelay_transfer.connectors.base import Blocks, BlockSlices, as_blocks
 from kvrelay_transfer.connectors.copy_thread import MAX_COPY_BYTES
 
 ByteArray = npt.NDArray[np.uint8]
@@ -36,9 +36,9 @@ class Run(NamedTuple):
 
 def copy_slices(
     source: BlockBytes,
-    remote_blocks: Sequence[int],
+    remote_blocks: Sequence[int] | Blocks,
     destination: BlockBytes,
-    local_blocks: Sequence[int],
+    local_blocks: Sequence[int] | Blocks,
     slices: BlockSlices,
     is_wanted: Callable[[], bool] = lambda: True,
 ) -> bool:
@@ -86,5 +86,7 @@ def merge_steps(remote: Sequence[int], local: Sequence[int]) -> Iterator[Run]:
         first = end
 
 
-def _offsets(blocks: Sequence[int], block_bytes: int, offsets: Sequence[int]) -> list[int]:
-    return [block * block_bytes + offset for block, offset in zip(blocks, offsets, strict=True)]
+def _offsets(blocks: Sequence[int] | Blocks, block_bytes: int, offsets: Blocks) -> list[int]:
+    assert len(blocks) == len(offsets), "one offset for each block"
+    numbers: list[int] = (as_blocks(blocks) * block_bytes + offsets).tolist()
+    return numbers

@@ -15,15 +15,15 @@ from __future__ import annotations
 import numpy as np
 from msgspec import Struct
 
-from kvrelay_transfer.connectors.base import BlockSlices, SliceShape
+from kvrelay_transfer.connectors.base import Blocks, BlockSlices, SliceShape
 from kvrelay_transfer.layout import ELEMENT_BYTES, KvLayout
 
 
 class BlockPairs(Struct, frozen=True):
     """The source's block at position remote[i] goes to ours at local[i]: whole, or the rows that `slices` name."""
 
-    remote: tuple[int, ...]
-    local: tuple[int, ...]
+    remote: Blocks
+    local: Blocks
     slices: BlockSlices | None
 
 
@@ -54,8 +54,8 @@ class RankPlan(Struct, frozen=True):
         if self.shape is not None:
             remote_offsets = self.remote_start + remote_skip * self.token_bytes
             local_offsets = self.local_start + local_skip * self.token_bytes
-            slices = BlockSlices(self.shape, tuple(remote_offsets.tolist()), tuple(local_offsets.tolist()))
-        return BlockPairs(tuple(remote.tolist()), tuple(local.tolist()), slices)
+            slices = BlockSlices(self.shape, remote_offsets, local_offsets)
+        return BlockPairs(remote, local, slices)
 
 
 def plan_ranks(source: KvLayout, reader: KvLayout) -> tuple[RankPlan, ...]:

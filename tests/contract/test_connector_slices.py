@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from split_kv import Bytes, cut, glue, heads_of, make_kv, rank_layout
 
 from kvrelay_core.errors import TransferError
-from kvrelay_transfer.connectors.base import BlockRead, TransferState
+from kvrelay_transfer.connectors.base import BlockRead, BlockSlices, TransferState
 from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.slice_plan import BlockPairs, plan_ranks
 
@@ -93,7 +93,7 @@ def test_every_block_size_is_read_into_every_other(connector: str, tmp_path: Pat
     bench.finish(transfer)
     assert transfer.poll() is TransferState.DONE and transfer.error is None
     assert np.array_equal(arrived(bench, local), KV)
-    assert transfer.words == bench.words_of(read.remote_blocks)
+    assert tuple(transfer.words) == bench.words_of(read.remote_blocks)
     untouched = [block for block in range(bench.memory.num_blocks) if block not in local]
     assert not bench.memory.block_rows[untouched].any()
     bench.close()
@@ -149,10 +149,9 @@ def test_a_block_reused_during_the_read_shows_in_its_word(bench: ConnectorBench)
 
 def first_pairs(read: BlockRead, count: int, step: int = 1) -> BlockRead:
     assert read.slices is not None
-    remote = read.slices.remote_offsets[:count][::step]
-    slices = replace(read.slices, remote_offsets=remote, local_offsets=read.slices.local_offsets[:count][::step])
-    local_blocks = read.local_blocks[:count][::step]
-    return BlockRead(read.ticket, 0, read.remote_blocks[:count][::step], local_blocks, slices)
+    chosen = np.arange(count)[::step]
+    slices = BlockSlices(read.slices.shape, read.slices.remote_offsets[chosen], read.slices.local_offsets[chosen])
+    return BlockRead(read.ticket, 0, read.remote[chosen], read.local[chosen], slices)
 
 
 def test_an_abort_in_the_middle_of_a_shm_copy_stops_between_pairs(tmp_path: Path) -> None:
@@ -183,9 +182,10 @@ def test_an_abort_in_the_middle_of_a_shm_copy_stops_between_pairs(tmp_path: Path
 def test_rows_outside_their_block_fail(bench: ConnectorBench, side: str, offset: int) -> None:
     read = first_pairs(whole_read(bench, [1, 2, 3, 4, 5] * 4), 2)
     assert read.slices is not None
-    offsets = getattr(read.slices, f"{side}_offsets")
-    slices = replace(read.slices, **{f"{side}_offsets": (offsets[0], offset)})
-    transfer = bench.link.read(replace(read, slices=slices))
+    offsets = {"remote": read.slices.remote_offsets.tolist(), "local": read.slices.local_offsets.tolist()}
+    offsets[side][1] = offset
+    slices = BlockSlices(read.slices.shape, offsets["remote"], offsets["local"])
+    transfer = bench.link.read(BlockRead(read.ticket, 0, read.remote, read.local, slices))
     bench.finish(transfer)
     assert transfer.poll() is TransferState.FAILED
     assert isinstance(transfer.error, TransferError) and "leaves its block" in transfer.error.message

@@ -173,7 +173,7 @@ def test_rows_and_words_arrive(bench: EmbeddingBench) -> None:
     assert transfer.poll() is TransferState.DONE and transfer.error is None
     rows = bench.memory.tensor[list(LOCAL)].flatten(0, 1)[: bench.ticket.num_tokens]
     assert torch.equal(rows, rows_of(PICTURE))
-    assert transfer.words == bench.ticket.words
+    assert tuple(transfer.words) == bench.ticket.words
 
 
 def test_an_item_evicted_before_the_read_shows_in_its_words(bench: EmbeddingBench) -> None:
@@ -187,7 +187,7 @@ def test_an_item_evicted_before_the_read_shows_in_its_words(bench: EmbeddingBenc
 
 def test_an_item_that_is_released_but_still_here_can_be_read(bench: EmbeddingBench) -> None:
     assert bench.rig.release(bench.ticket)
-    assert bench.read().words == bench.ticket.words
+    assert tuple(bench.read().words) == bench.ticket.words
 
 
 def test_a_block_reused_during_the_read_shows_in_its_word(bench: EmbeddingBench) -> None:
@@ -196,7 +196,7 @@ def test_a_block_reused_during_the_read_shows_in_its_word(bench: EmbeddingBench)
     transfer = bench.read_interrupted(lambda: bench.rig.overwrite(reused))
     assert transfer.poll() is TransferState.DONE
     assert torch.equal(bench.memory.block_rows[LOCAL[0]], before), "the copy came before the reuse"
-    assert transfer.words[0] != bench.ticket.words[0] and transfer.words[1:] == bench.ticket.words[1:]
+    assert transfer.words[0] != bench.ticket.words[0] and tuple(transfer.words[1:]) == bench.ticket.words[1:]
     with pytest.raises(AssertionError, match="reused"):
         bench.rig.engine.check_integrity()
     bench.rig.release(bench.ticket)

@@ -19,7 +19,7 @@ from ucx_bench import UcxBench
 from kvrelay_core.clock import MonotonicClock
 from kvrelay_core.errors import ConfigError, LeaseExpiredError, TransferError, UnsupportedError
 from kvrelay_transfer.connectors import ucx_link, ucx_reader, ucx_source
-from kvrelay_transfer.connectors.base import BlockSlices, ConnectorOffer, PeerInfo, SliceShape, TransferState
+from kvrelay_transfer.connectors.base import BlockRead, BlockSlices, ConnectorOffer, PeerInfo, SliceShape, TransferState
 from kvrelay_transfer.connectors.ucx import UcxConnector
 from kvrelay_transfer.connectors.ucx_library import UcxLibrary
 from kvrelay_transfer.connectors.ucx_messages import UcxEndpoint, make_tag, split_tag
@@ -85,7 +85,7 @@ def test_a_peer_of_another_start_or_layout_is_refused(bench: UcxBench, change: d
 
 def test_slices_are_refused(bench: UcxBench) -> None:
     slices = BlockSlices(SliceShape(1, 1, 64, 0, 0, 0, 0), (0,), (0,))
-    transfer = bench.link.read(replace(bench.request(bench.blocks[:1], (1,)), slices=slices))
+    transfer = bench.link.read(BlockRead(bench.ticket, 0, bench.blocks[:1], (1,), slices))
     assert transfer.poll() is TransferState.FAILED
     assert isinstance(transfer.error, UnsupportedError)
 

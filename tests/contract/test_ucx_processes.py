@@ -155,7 +155,7 @@ def check_contents(reader: Reader, owner: Owner, transfer: Transfer) -> None:
 def test_a_read_is_bit_equal_and_a_forged_ticket_is_refused(owner: Owner, reader: Reader) -> None:
     link = reader.connect(owner)
     forged = replace(owner.ticket, mac=bytes(32))
-    transfer = link.read(replace(owner.read_all(), ticket=forged))
+    transfer = link.read(BlockRead(forged, 0, owner.read_all().remote, owner.read_all().local))
     assert finish(transfer) is TransferState.FAILED
     assert isinstance(transfer.error, TicketRejectedError)
     assert not reader.memory.block_rows.any()

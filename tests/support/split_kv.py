@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec.structs import replace
 
-from kvrelay_transfer.connectors.base import BlockSlices
+from kvrelay_transfer.connectors.base import Blocks, BlockSlices
 from kvrelay_transfer.layout import ELEMENT_BYTES, KvLayout
 
 Bytes = npt.NDArray[np.uint8]
@@ -59,9 +59,7 @@ def glue(blocks: Bytes, layout: KvLayout, num_tokens: int) -> Bytes:
     return flat[:, :, :, :num_tokens]
 
 
-def copy_rows(
-    source: Bytes, remote_blocks: tuple[int, ...], target: Bytes, local_blocks: tuple[int, ...], slices: BlockSlices
-) -> None:
+def copy_rows(source: Bytes, remote_blocks: Blocks, target: Bytes, local_blocks: Blocks, slices: BlockSlices) -> None:
     """Row by row, as the words of `BlockSlices` say; both sides are [blocks, block_bytes]."""
     shape = slices.shape
     for pair, (remote, local) in enumerate(zip(remote_blocks, local_blocks, strict=True)):

@@ -13,6 +13,7 @@ from kvrelay_core.errors import KvRelayError, StaleTicketError, TransferError
 from kvrelay_engine.handoff_peers import ActiveLink
 from kvrelay_engine.link_health import is_worth_another_try
 from kvrelay_transfer.connectors.base import BlockRead, Transfer, TransferState
+from kvrelay_transfer.fence import agree
 from kvrelay_transfer.ticket import EmbeddingTicket
 
 
@@ -84,7 +85,7 @@ class EmbeddingPull:
 
     def _verify(self, read: _PostedRead) -> None:
         """Compares the words that followed the data with the ticket's (PROTOCOL A6): all or nothing."""
-        if tuple(read.transfer.words) != self.ticket.words[read.first : read.end]:
+        if not agree(read.transfer.words, self.ticket.words[read.first : read.end]):
             raise StaleTicketError(
                 "the encoder reused the item's room before it was read", ticket_id=self.ticket.ticket_id
             )

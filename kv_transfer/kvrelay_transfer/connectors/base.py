@@ -9,7 +9,7 @@
 
 Contract of a read (PROTOCOL A5, A6, E3):
 - the destination blocks belong to the transfer until `poll()` returns a terminal state; after `abort()` too;
-- when `poll()` returns DONE, `words` holds the source's fence words of `remote_blocks`, one for each entry, read by a
+- when `poll()` returns DONE, `words` holds the source's fence words of the remote blocks, one for each pair, read by a
   *second* operation that was issued after the data's completion was observed. Comparing them is the caller's part;
 - every read has a deadline of its own; a source that does not progress ends as FAILED or TORN_DOWN. Where a copy cannot
   be stopped, the transfer stays PENDING with its `error` set: the read has failed, and its destination is not free yet.
@@ -22,14 +22,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from enum import Enum
+from functools import cached_property
 from typing import Protocol
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 from msgspec import Struct
 
 from kvrelay_core.errors import KvRelayError, TransferError
 from kvrelay_transfer.embedding_layout import PoolLayout
+from kvrelay_transfer.fence import Words
 from kvrelay_transfer.ticket import Ticket
+
+Blocks = npt.NDArray[np.int64]  # numbers of blocks, or byte offsets into them
 
 
 class TransferState(Enum):
@@ -81,25 +87,52 @@ class SliceShape(Struct, frozen=True, array_like=True):
         return (self.outer - 1) * outer_stride + (self.inner - 1) * inner_stride + self.row_bytes
 
 
-class BlockSlices(Struct, frozen=True, array_like=True):
+def as_blocks(numbers: Sequence[int] | Blocks) -> Blocks:
+    """A tuple is read so in half the time that np.array() takes."""
+    return numbers if isinstance(numbers, np.ndarray) else np.fromiter(numbers, np.int64, len(numbers))
+
+
+class BlockSlices:
     """Where in each pair of blocks the rows begin (byte offsets); the rows of all pairs are spaced alike."""
 
-    shape: SliceShape
-    remote_offsets: tuple[int, ...]
-    local_offsets: tuple[int, ...]
+    def __init__(
+        self, shape: SliceShape, remote_offsets: Sequence[int] | Blocks, local_offsets: Sequence[int] | Blocks
+    ) -> None:
+        self.shape = shape
+        self.remote_offsets = as_blocks(remote_offsets)
+        self.local_offsets = as_blocks(local_offsets)
 
 
-class BlockRead(Struct, frozen=True, array_like=True):
-    """remote_blocks[i] of the peer is to be copied into local_blocks[i].
+class BlockRead:
+    """Block remote[i] of the peer is to be copied into our block local[i].
 
     Whole blocks of equal layouts; with `slices` the rows that these name, and then a block may be in several pairs.
+    The arrays are not to be changed.
     """
 
-    ticket: Ticket
-    group: int
-    remote_blocks: tuple[int, ...]
-    local_blocks: tuple[int, ...]
-    slices: BlockSlices | None = None
+    def __init__(
+        self,
+        ticket: Ticket,
+        group: int,
+        remote: Sequence[int] | Blocks,
+        local: Sequence[int] | Blocks,
+        slices: BlockSlices | None = None,
+    ) -> None:
+        self.ticket = ticket
+        self.group = group
+        self.remote = as_blocks(remote)
+        self.local = as_blocks(local)
+        self.slices = slices
+
+    @cached_property
+    def remote_blocks(self) -> tuple[int, ...]:
+        """`remote` for messages and loops; a read of many blocks is better off without."""
+        return tuple(self.remote.tolist())
+
+    @cached_property
+    def local_blocks(self) -> tuple[int, ...]:
+        """The same of `local`."""
+        return tuple(self.local.tolist())
 
 
 class ExportGate(Protocol):
@@ -123,7 +156,7 @@ class LinkSpeed(Struct, frozen=True, array_like=True):
 class Transfer(ABC):
     """One asynchronous read."""
 
-    words: tuple[int, ...] = ()
+    words: Words = ()
     error: KvRelayError | None = None  # may come before the terminal state, and is final
 
     @abstractmethod
@@ -168,9 +201,10 @@ class EndedTransfer(Transfer):
         pass
 
 
-def check_block_range(blocks: Sequence[int], num_blocks: int, whose: str) -> None:
+def check_block_range(blocks: Sequence[int] | Blocks, num_blocks: int, whose: str) -> None:
     """Raises TransferError for a block that a pool of `num_blocks` does not have; the null block counts as such."""
-    if blocks and not (min(blocks) > 0 and max(blocks) < num_blocks):
+    numbers = as_blocks(blocks)
+    if numbers.size and not (numbers.min() > 0 and numbers.max() < num_blocks):
         raise TransferError(f"block numbers outside 1..{num_blocks - 1} of {whose} pool")
 
 
@@ -181,15 +215,15 @@ def check_slices(read: BlockRead, remote_block_bytes: int, local_block_bytes: in
             raise TransferError(f"blocks of {remote_block_bytes} and {local_block_bytes} bytes are read by slices only")
         return
     shape, remote, local = read.slices.shape, read.slices.remote_offsets, read.slices.local_offsets
-    if not len(remote) == len(local) == len(read.remote_blocks) == len(read.local_blocks):
+    if not len(remote) == len(local) == len(read.remote) == len(read.local):
         raise TransferError("a sliced read needs one offset on each side for each pair of blocks")
-    if not remote:
+    if not len(remote):
         return
-    remote_end = max(remote) + shape.extent(shape.remote_outer_stride, shape.remote_inner_stride)
-    local_end = max(local) + shape.extent(shape.local_outer_stride, shape.local_inner_stride)
+    remote_end = remote.max() + shape.extent(shape.remote_outer_stride, shape.remote_inner_stride)
+    local_end = local.max() + shape.extent(shape.local_outer_stride, shape.local_inner_stride)
     if (
         min(msgspec.structs.astuple(shape)) < 1
-        or min(*remote, *local) < 0
+        or min(remote.min(), local.min()) < 0
         or remote_end > remote_block_bytes
         or local_end > local_block_bytes
     ):

@@ -21,7 +21,7 @@ from kvrelay_core.clock import Clock
 from kvrelay_core.errors import DeadlineError, KvRelayError, MismatchError, TransferError
 from kvrelay_transfer.connectors.base import (
     BlockRead,
-    BlockSlices,
+    Blocks,
     Connector,
     ConnectorOffer,
     EndedTransfer,
@@ -29,15 +29,17 @@ from kvrelay_transfer.connectors.base import (
     PeerLink,
     Transfer,
     TransferState,
+    check_block_range,
     check_slices,
 )
-from kvrelay_transfer.connectors.device_copy import Blocks, DeviceCopier, MappedPool, as_array
+from kvrelay_transfer.connectors.device_copy import DeviceCopier, MappedPool
 from kvrelay_transfer.connectors.device_probe import DeviceProbe
 from kvrelay_transfer.connectors.mapping_keeper import MappingKeeper
 from kvrelay_transfer.connectors.offset_tables import has_fired
 from kvrelay_transfer.connectors.shm import host_id
 from kvrelay_transfer.cuda_runtime import CudaCallError, CudaRuntime
 from kvrelay_transfer.descriptor_server import DescriptorServer, fetch_descriptors
+from kvrelay_transfer.fence import WordArray
 from kvrelay_transfer.pool_memory import PoolMemory
 from kvrelay_transfer.region import RemoteRegion
 
@@ -168,17 +170,16 @@ class _CudaIpcLink(PeerLink):
         connector.keeper.watch(self)
 
     def read(self, read: BlockRead) -> Transfer:
-        remote, local = as_array(read.remote_blocks), as_array(read.local_blocks)
         try:
-            _check_range(remote, self._region.header.num_blocks, "the peer's")
-            _check_range(local, self._connector.memory.num_blocks, "our")
+            check_block_range(read.remote, self._region.header.num_blocks, "the peer's")
+            check_block_range(read.local, self._connector.memory.num_blocks, "our")
             check_slices(read, self._pool.block_bytes, self._connector.memory.layout.block_bytes)
-            event = self._post(remote, local, read.slices)
+            event = self._post(read)
         except KvRelayError as error:
             state = TransferState.TORN_DOWN if self.is_closed else TransferState.FAILED
             return EndedTransfer(error, state)
         clock = self._connector.clock
-        return _CudaIpcTransfer(self, remote, event, clock, clock.now() + self._connector.deadline_s)
+        return _CudaIpcTransfer(self, read.remote, event, clock, clock.now() + self._connector.deadline_s)
 
     def close(self) -> None:
         self.lose()
@@ -187,12 +188,12 @@ class _CudaIpcLink(PeerLink):
     def probed_gb_per_s(self) -> float | None:
         return 0.0 if self.is_closed else self._probe.gb_per_s()
 
-    def read_words(self, blocks: Blocks) -> tuple[int, ...] | None:
+    def read_words(self, blocks: Blocks) -> WordArray | None:
         """None when the link was closed meanwhile."""
         with self._lock:
             return None if self.is_closed else self._region.words.read_at(blocks)
 
-    def _post(self, remote: Blocks, local: Blocks, slices: BlockSlices | None) -> torch.cuda.Event:
+    def _post(self, read: BlockRead) -> torch.cuda.Event:
         """No waiting for the engine's stream: our destination blocks left the free list after the last step that could
         touch them had completed (PROTOCOL A4), and the step that first uses what arrived is launched after `poll` said
         DONE, thus after the copy's event fired."""
@@ -201,10 +202,10 @@ class _CudaIpcLink(PeerLink):
             if self.is_closed:
                 raise TransferError(f"the link to {self.peer_id} is closed")
             try:
-                if slices is not None:
-                    event = copier.copy_slices(self._pool, remote, local, slices)
+                if read.slices is not None:
+                    event = copier.copy_slices(self._pool, read.remote, read.local, read.slices)
                 else:
-                    event = copier.copy_blocks(self._pool, remote, local)
+                    event = copier.copy_blocks(self._pool, read.remote, read.local)
             except (CudaCallError, RuntimeError) as error:
                 raise TransferError(f"the read from {self.peer_id} could not be posted: {error}") from error
             self._posted = [posted for posted in self._posted if not has_fired(posted)] + [event]
@@ -275,9 +276,3 @@ class _CudaIpcTransfer(Transfer):
         if self._clock.now() >= self._deadline_at_s:
             return DeadlineError("the blocks did not arrive before the read's deadline")
         return None
-
-
-def _check_range(blocks: Blocks, num_blocks: int, whose: str) -> None:
-    """As `check_block_range`, without a loop."""
-    if len(blocks) and not (blocks.min() > 0 and blocks.max() < num_blocks):
-        raise TransferError(f"block numbers outside 1..{num_blocks - 1} of {whose} pool")

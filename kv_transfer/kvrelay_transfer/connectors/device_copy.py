@@ -6,16 +6,15 @@ long spans, a gather kernel on a few multiprocessors for short and for sliced on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from kvrelay_kernels.kv_copy import copy_rows
 from kvrelay_kernels.kv_copy.rows import RowSpacing
-from kvrelay_transfer.connectors.base import BlockSlices
+from kvrelay_transfer.connectors.base import Blocks, BlockSlices
+from kvrelay_transfer.connectors.block_runs import merge_runs
 from kvrelay_transfer.connectors.offset_tables import OffsetTables
 from kvrelay_transfer.cuda_runtime import CudaRuntime
 from kvrelay_transfer.pool_memory import PoolMemory
@@ -26,8 +25,6 @@ from kvrelay_transfer.pool_memory import PoolMemory
 MIN_ENGINE_SPAN_BYTES = 2 << 20
 # Rows of these lengths (bytes) are the kernel's classes; it is compiled for them before the first step.
 _WARM_ROW_BYTES = (16 << 10, 1 << 10, 128)
-
-Blocks = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +79,8 @@ class DeviceCopier:
             out_outer_stride=shape.local_outer_stride,
             out_inner_stride=shape.local_inner_stride,
         )
-        remote_offsets = remote * source.block_bytes + as_array(slices.remote_offsets)
-        local_offsets = local * self._block_bytes + as_array(slices.local_offsets)
+        remote_offsets = remote * source.block_bytes + slices.remote_offsets
+        local_offsets = local * self._block_bytes + slices.local_offsets
         return self._copy_rows(source, remote_offsets, local_offsets, spacing)
 
     def copy_span(self, source: int, destination: torch.Tensor) -> None:
@@ -118,16 +115,3 @@ class DeviceCopier:
             for row_bytes in _WARM_ROW_BYTES:
                 copy_rows(scratch.data_ptr(), scratch[max(_WARM_ROW_BYTES) :], table, RowSpacing.one_row(row_bytes), 16)
             torch.cuda.synchronize(self.device)
-
-
-def as_array(numbers: Sequence[int]) -> Blocks:
-    """A tuple is read so in half the time that np.array() takes."""
-    return np.fromiter(numbers, np.int64, len(numbers))
-
-
-def merge_runs(remote: Blocks, local: Blocks) -> tuple[Blocks, Blocks, Blocks]:
-    """(remote, local, counts) of the spans in which both sides are contiguous; one array operation each, no loop."""
-    breaks = np.flatnonzero((np.diff(remote) != 1) | (np.diff(local) != 1)) + 1
-    starts = np.concatenate(([0], breaks))
-    counts = np.diff(np.concatenate((starts, [len(remote)])))
-    return remote[starts], local[starts], counts

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from msgspec.structs import replace
-
 from kvrelay_core.clock import Clock
 from kvrelay_core.errors import DeadlineError, KvRelayError, TransferError
 from kvrelay_transfer.connectors.base import (
@@ -149,11 +147,7 @@ class GrpcConnector(Connector):
     def _cut_out(self, fetching: _Fetching, first: int, end: int, slot: int, slices: BlockSlices) -> None:
         """Copies the pairs of the blocks at [first, end), which lie in `slot`."""
         pairs = [pair for pair, position in enumerate(fetching.positions) if first <= position < end]
-        part = BlockSlices(
-            slices.shape,
-            tuple(slices.remote_offsets[pair] for pair in pairs),
-            tuple(slices.local_offsets[pair] for pair in pairs),
-        )
+        part = BlockSlices(slices.shape, slices.remote_offsets[pairs], slices.local_offsets[pairs])
         positions = [fetching.positions[pair] - first for pair in pairs]
         blocks = [fetching.read.local_blocks[pair] for pair in pairs]
         self._staging.copy_in_slices(slot, fetching.link.block_bytes, positions, blocks, part)
@@ -162,7 +156,7 @@ class GrpcConnector(Connector):
 
     def start(self, link: _GrpcLink, read: BlockRead) -> Transfer:
         try:
-            check_block_range(read.local_blocks, self._num_blocks, "our")
+            check_block_range(read.local, self._num_blocks, "our")
             check_slices(read, link.block_bytes, self._staging.layout.block_bytes)
         except TransferError as error:
             return EndedTransfer(error)
@@ -171,7 +165,9 @@ class GrpcConnector(Connector):
         transfer = _FetchTransfer(self, read_id, self._clock.now() + self._deadline_s)
         wanted, positions = _each_once(read)
         self._fetching[read_id] = _Fetching(transfer, read, len(wanted), positions, {}, link)
-        self._socket_half.fetch(read_id, link.peer_id, replace(read, remote_blocks=wanted))
+        self._socket_half.fetch(
+            read_id, link.peer_id, BlockRead(read.ticket, read.group, wanted, read.local, read.slices)
+        )
         return transfer
 
     def check_deadline(self, read_id: int, deadline_at_s: float) -> None:

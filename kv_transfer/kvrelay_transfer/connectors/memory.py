@@ -96,8 +96,8 @@ class _MemoryLink(PeerLink):
         if self._is_closed:
             return EndedTransfer(TransferError("the link is closed"), TransferState.TORN_DOWN)
         try:
-            check_block_range(read.remote_blocks, self._source.num_blocks, "the peer's")
-            check_block_range(read.local_blocks, self._destination.num_blocks, "our")
+            check_block_range(read.remote, self._source.num_blocks, "the peer's")
+            check_block_range(read.local, self._destination.num_blocks, "our")
             check_slices(read, self._source.layout.block_bytes, self._destination.layout.block_bytes)
         except TransferError as error:
             return EndedTransfer(error)

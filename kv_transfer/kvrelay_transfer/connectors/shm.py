@@ -131,8 +131,8 @@ class _ShmLink(PeerLink):
         if self.is_closed:
             return EndedTransfer(TransferError(f"the link to {self.peer_id} is closed"), TransferState.TORN_DOWN)
         try:
-            check_block_range(read.remote_blocks, self.region.header.num_blocks, "the peer's")
-            check_block_range(read.local_blocks, self.memory.num_blocks, "our")
+            check_block_range(read.remote, self.region.header.num_blocks, "the peer's")
+            check_block_range(read.local, self.memory.num_blocks, "our")
             check_slices(read, self.region.header.block_bytes, self.memory.layout.block_bytes)
         except TransferError as error:
             return EndedTransfer(error)

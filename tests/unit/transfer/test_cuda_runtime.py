@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from kvrelay_core.errors import ConfigError
+from kvrelay_transfer.connectors.base import as_blocks
+from kvrelay_transfer.connectors.block_runs import count_runs, merge_runs
 from kvrelay_transfer.connectors.copy_thread import merge_runs as merge_runs_one_by_one
-from kvrelay_transfer.connectors.device_copy import as_array, merge_runs
 from kvrelay_transfer.cuda_runtime import CudaCallError, CudaRuntime
 
 
@@ -104,5 +105,6 @@ def test_runs_are_merged_as_one_by_one(seed: int) -> None:
         is_next = generator.random() < 0.6
         remote.append(remote[-1] + 1 if is_next else generator.randrange(1, 50))
         local.append(local[-1] + 1 if is_next else generator.randrange(1, 50))
-    runs = merge_runs(as_array(remote), as_array(local))
+    runs = merge_runs(as_blocks(remote), as_blocks(local))
+    assert count_runs(as_blocks(remote), as_blocks(local)) == len(runs[0])
     assert list(zip(*(part.tolist() for part in runs), strict=True)) == merge_runs_one_by_one(remote, local)

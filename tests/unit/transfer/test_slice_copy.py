@@ -10,7 +10,7 @@ from handoff_sides import LAYOUT
 from split_kv import Bytes, copy_rows, rank_layout
 
 from kvrelay_transfer import slice_copy
-from kvrelay_transfer.connectors.base import BlockSlices
+from kvrelay_transfer.connectors.base import BlockSlices, as_blocks
 from kvrelay_transfer.slice_copy import BlockBytes, Run, copy_slices, merge_steps
 from kvrelay_transfer.slice_plan import plan_ranks
 
@@ -32,8 +32,7 @@ class Case:
         self.slices: BlockSlices = pairs.slices
         shuffled = random.Random(3).sample(range(NUM_BLOCKS), NUM_BLOCKS)
         blocks = shuffled if is_scattered else list(range(NUM_BLOCKS))
-        self.remote = tuple(blocks[position] for position in pairs.remote)
-        self.local = tuple(blocks[position] for position in pairs.local)
+        self.remote, self.local = as_blocks(blocks)[pairs.remote], as_blocks(blocks)[pairs.local]
         self.source = random_pool(theirs.block_bytes)
         self.target = np.zeros((NUM_BLOCKS, ours.block_bytes), np.uint8)
         self.expected = self.target.copy()

@@ -95,7 +95,7 @@ def test_slices_of_larger_blocks_are_cut_out_of_a_slot(device: str) -> None:
     pairs = plan.pair(0, 2, 30)
     assert pairs.slices is not None
     blocks = [2 * position + 1 for position in pairs.local]
-    staging.copy_in_slices(0, theirs.block_bytes, pairs.remote, blocks, pairs.slices)
+    staging.copy_in_slices(0, theirs.block_bytes, pairs.remote.tolist(), blocks, pairs.slices)
     assert np.array_equal(glue(memory.block_rows[blocks].cpu().numpy(), ours, 30), kv)
     assert not memory.block_rows[::2].any()
     with pytest.raises(TransferError, match="slot"):
