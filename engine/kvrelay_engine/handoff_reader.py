@@ -13,7 +13,7 @@ ended with a reason by HandoffRelease. Knows nothing of steps or sampling; `rese
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from msgspec import Struct
@@ -47,8 +47,9 @@ from kvrelay_engine.messages import (
     ReleaseReason,
 )
 from kvrelay_engine.pull_plan import PullPlan
+from kvrelay_engine.read_room import ReadRoom
 from kvrelay_engine.sequence import Sequence
-from kvrelay_transfer.connectors.base import Connector, TransferState
+from kvrelay_transfer.connectors.base import Connector, ReadWindow, Transfer, TransferState
 from kvrelay_transfer.connectors.grpc import GrpcConnector
 from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.quarantine import Quarantine
@@ -82,8 +83,8 @@ class HandoffBroken:
 class ReaderLimits(Struct, frozen=True):
     reserve_budget_s: float = 2.0  # to wait for room before the ticket is refused
     connect_budget_s: float = 5.0  # to wait for the link to the source
-    max_reads: int = 4  # under way per hand-off
-    max_read_bytes: int = 32 << 20
+    max_reads: int | None = None  # under way per hand-off; None: what suits the link
+    max_read_bytes: int | None = None
     max_quarantined_share: float = 0.25  # of the pool, per link
 
 
@@ -111,7 +112,9 @@ class HandoffReader:
         self._reserve = reserve
         self._limits = limits or ReaderLimits()
         self.peers = PeerLinks(layout, connectors, clock, emit, device=device)
-        self._quarantine = Quarantine(int(self._limits.max_quarantined_share * pool.num_blocks))
+        max_quarantined = int(self._limits.max_quarantined_share * pool.num_blocks)
+        self._quarantine = Quarantine(max_quarantined)
+        self._room = ReadRoom(self._limits.max_reads, self._limits.max_read_bytes, max_quarantined * layout.block_bytes)
         self._incoming: dict[int, Incoming] = {}
         grpc = connectors.get(GrpcConnector.name)
         self._grpc = grpc if isinstance(grpc, GrpcConnector) else None
@@ -136,6 +139,10 @@ class HandoffReader:
         """Something progresses by itself: poll often. Otherwise poll at least every 100 ms for the budgets."""
         has_failure = any(incoming.failure is not None for incoming in self._incoming.values())
         return self.num_transfers > 0 or self.peers.is_probing or has_failure
+
+    def transfers(self) -> Iterator[Transfer]:
+        """That a hand-off waits for."""
+        return (read.transfer for incoming in self._incoming.values() for read in incoming.reads)
 
     def pulled_blocks(self) -> dict[int, int]:
         """Per request id of a hand-off in progress, in blocks of its source; for the engine's Beat."""
@@ -279,11 +286,8 @@ class HandoffReader:
         return True
 
     def _post_reads(self, incoming: Incoming) -> None:
-        while incoming.num_posted < incoming.num_ready and len(incoming.reads) < self._limits.max_reads:
-            end = incoming.plan.read_end(incoming.num_posted, incoming.num_ready, self._limits.max_read_bytes)
-            if end == incoming.num_posted:
-                break  # our next block is not covered yet
-            peer_id = incoming.ticket.source_address
+        peer_id = incoming.ticket.source_address
+        while incoming.num_posted < incoming.num_ready:
             active = self.peers.find(peer_id, incoming.ticket.engine_epoch)
             if active is None:
                 if self._has_waited(incoming, self._limits.connect_budget_s):
@@ -292,9 +296,22 @@ class HandoffReader:
             incoming.waiting_since_s = None
             if active.peer.layout != incoming.ticket.layout:
                 raise MismatchError("the ticket is of another KV layout than its source has")
+            max_bytes = self._next_read_bytes(incoming, active.link.window)
+            if max_bytes == 0:
+                break
+            end = incoming.plan.read_end(incoming.num_posted, incoming.num_ready, max_bytes)
+            if end == incoming.num_posted:
+                break  # our next block is not covered yet
             incoming.post(end, active.peer.peer_id, active.connector, active.read)
         if incoming.reading_since_s is None:
             incoming.note_reading(self._clock.now())
+
+    def _next_read_bytes(self, incoming: Incoming, window: ReadWindow) -> int:
+        peer_id = incoming.ticket.source_address
+        reads = [read for other in self._incoming.values() for read in other.reads if read.peer_id == peer_id]
+        given_up_bytes = self._quarantine.num_blocks_of(peer_id) * self._layout.block_bytes
+        under_way_bytes = sum(read.size_bytes for read in reads)
+        return self._room.next_read_bytes(window, len(incoming.reads), under_way_bytes, given_up_bytes)
 
     def _arrive(self, incoming: Incoming) -> HandoffArrived:
         assert incoming.first_tokens is not None and not incoming.reads

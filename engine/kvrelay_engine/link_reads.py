@@ -41,6 +41,7 @@ class LinkRead(Transfer):
     ) -> None:
         """`block_bytes` of a whole block. Reads that were given up or closed with their link, and what the source
         refused, count neither way. A read that has failed and cannot be stopped counts when that is known."""
+        self.poll_s = inner.poll_s
         self._inner = inner
         self._way = way
         self._read = read

@@ -1,8 +1,8 @@
 """When an engine works and when it sleeps: commands, a step, a beat, and so on until Shutdown.
 
-While there is something to compute the loop never waits; reads under way are polled every half millisecond;
-an idle engine wakes twice a second to beat, and checks its counts once after it has worked. While it drains it beats
-at once and often. What there is to poll for, each kind of engine says itself.
+While there is something to compute the loop never waits; reads under way are polled as often as suits their connector,
+every half millisecond or more often; an idle engine wakes twice a second to beat, and checks its counts once after it
+has worked. While it drains it beats at once and often. What there is to poll for, each kind of engine says itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from kvrelay_engine.service_link import ServiceLink
 
 BEAT_S = 0.5
 DRAINING_BEAT_S = 0.05  # the service ends as soon as a beat says that nothing is left
-TRANSFER_POLL_S = 0.0005
 ROOM_POLL_S = 0.002  # requests wait for blocks or pins that others hold
 LEASE_POLL_S = 0.05  # leases, deadlines and time budgets
 CONNECT_TIMEOUT_S = 10.0
@@ -100,7 +99,7 @@ class EngineLoop(Loop[Engine]):
 
     def poll_s(self) -> float | None:
         if self._engine.remote_kv.is_busy:
-            return TRANSFER_POLL_S
+            return self._engine.remote_kv.poll_s
         if self._engine.scheduler.has_work:
             return ROOM_POLL_S
         return LEASE_POLL_S if self._engine.has_requests or not self._engine.is_idle else None

@@ -13,7 +13,7 @@ under way when a pull ends are quarantined (PROTOCOL A5). Knows nothing of steps
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,9 +29,10 @@ from kvrelay_engine.message_kinds import Event
 from kvrelay_engine.prefix_cache import PrefixCache
 from kvrelay_engine.prefix_messages import PrefixFound, PrefixPulled, PrefixWanted
 from kvrelay_engine.pull_plan import PullPlan
+from kvrelay_engine.read_room import ReadRoom
 from kvrelay_engine.sequence import Sequence
 from kvrelay_engine.throughput import Throughput
-from kvrelay_transfer.connectors.base import BlockRead, Transfer, TransferState, as_blocks
+from kvrelay_transfer.connectors.base import BlockRead, ReadWindow, Transfer, TransferState, as_blocks
 from kvrelay_transfer.fence import WordArray, agree
 from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.quarantine import Quarantine
@@ -45,8 +46,8 @@ class PullLimits(Struct, frozen=True):
     wait_s: float | None = None  # None: as long as computing would take, within the two bounds
     min_wait_s: float = 0.05
     max_wait_s: float = 2.0
-    max_reads: int = 4  # under way per pull
-    max_read_bytes: int = 32 << 20
+    max_reads: int | None = None  # under way per pull; None: what suits the link
+    max_read_bytes: int | None = None
     max_quarantined_share: float = 0.1  # of the pool, per link
 
 
@@ -104,7 +105,9 @@ class PrefixPulls:
         self._reserve = reserve
         self._model_fingerprint = model_fingerprint
         self._limits = limits or PullLimits()
-        self._quarantine = Quarantine(int(self._limits.max_quarantined_share * pool.num_blocks))
+        max_quarantined = int(self._limits.max_quarantined_share * pool.num_blocks)
+        self._quarantine = Quarantine(max_quarantined)
+        self._room = ReadRoom(self._limits.max_reads, self._limits.max_read_bytes, max_quarantined * layout.block_bytes)
         self._pulls: dict[int, _Pull] = {}
         self.num_pulled_blocks = 0
         self.stale_reads = 0
@@ -118,6 +121,10 @@ class PrefixPulls:
     @property
     def num_quarantined(self) -> int:
         return self._quarantine.num_blocks
+
+    def transfers(self) -> Iterator[Transfer]:
+        """That a pull waits for."""
+        return (read.transfer for pull in self._pulls.values() for read in pull.reads)
 
     @property
     def is_busy(self) -> bool:
@@ -260,16 +267,25 @@ class PrefixPulls:
         self.num_pulled_blocks += len(read.positions)
 
     def _post_reads(self, pull: _Pull, ticket: KvTicket, plan: PullPlan) -> None:
-        while pull.next_read < plan.source_blocks and len(pull.reads) < self._limits.max_reads:
+        while pull.next_read < plan.source_blocks:
             active = self._peers.find(ticket.source_address, ticket.engine_epoch)
             if active is None:
                 return  # the link comes up, or the time runs out
+            max_bytes = self._next_read_bytes(pull, ticket.source_address, active.link.window)
+            if max_bytes == 0:
+                return
             first = pull.next_read
-            end = pull.next_read = plan.read_end(first, plan.source_blocks, self._limits.max_read_bytes)
+            end = pull.next_read = plan.read_end(first, plan.source_blocks, max_bytes)
             pull.reads.append(self._post(pull, ticket, plan, plan.pair(first, end, pull.num_cached), active))
             pull.connector = active.connector
             if pull.reading_since_s is None:
                 pull.reading_since_s = self._clock.now()
+
+    def _next_read_bytes(self, pull: _Pull, peer_id: str, window: ReadWindow) -> int:
+        pulls = [other for other in self._pulls.values() if other.ticket and other.ticket.source_address == peer_id]
+        under_way_bytes = sum(read.size_bytes for other in pulls for read in other.reads)
+        given_up_bytes = self._quarantine.num_blocks_of(peer_id) * self._layout.block_bytes
+        return self._room.next_read_bytes(window, len(pull.reads), under_way_bytes, given_up_bytes)
 
     def _post(
         self, pull: _Pull, ticket: KvTicket, plan: PullPlan, pairs: BlockPairs, active: ActiveLink

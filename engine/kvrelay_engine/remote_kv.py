@@ -9,6 +9,7 @@ They differ in what a loss means: a lost hand-off or embedding goes back to the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 from kvrelay_engine.config import EngineConfig
 from kvrelay_engine.embeddings.reader import EmbeddingsLost
@@ -22,6 +23,7 @@ from kvrelay_engine.prefix_pulls import PrefixPulls, PullLimits
 from kvrelay_engine.scheduler import Scheduler
 from kvrelay_engine.sequence import EngineRequest, Sequence
 from kvrelay_engine.throughput import Throughput
+from kvrelay_transfer.connectors.base import Transfer
 
 
 @dataclass(slots=True, frozen=True, eq=False)
@@ -90,6 +92,12 @@ class RemoteKv:
     def is_busy(self) -> bool:
         """Something progresses by itself: poll often."""
         return self.reader.is_busy or self.pulls.is_busy or self.media.is_busy
+
+    @property
+    def poll_s(self) -> float:
+        """How soon to look again while it is busy and nothing is computed."""
+        transfers = chain(self.reader.transfers(), self.pulls.transfers())
+        return min((transfer.poll_s for transfer in transfers), default=Transfer.poll_s)
 
     @property
     def num_transfers(self) -> int:

@@ -153,9 +153,17 @@ class LinkSpeed(Struct, frozen=True, array_like=True):
     latency_s: float = 0.0
 
 
+class ReadWindow(Struct, frozen=True, array_like=True):
+    """What suits a link: how large its reads should be, and how many of them one hand-off has under way."""
+
+    max_reads: int = 4
+    max_read_bytes: int = 32 << 20
+
+
 class Transfer(ABC):
     """One asynchronous read."""
 
+    poll_s: float = 0.0005  # between two looks of a caller who has nothing else to do
     words: Words = ()
     error: KvRelayError | None = None  # may come before the terminal state, and is final
 
@@ -169,6 +177,8 @@ class Transfer(ABC):
 
 
 class PeerLink(ABC):
+    window = ReadWindow()
+
     @abstractmethod
     def read(self, read: BlockRead) -> Transfer:
         """Posts the copy. What cannot be posted comes back as a transfer that FAILED."""

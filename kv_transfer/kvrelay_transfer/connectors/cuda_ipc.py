@@ -27,6 +27,7 @@ from kvrelay_transfer.connectors.base import (
     EndedTransfer,
     PeerInfo,
     PeerLink,
+    ReadWindow,
     Transfer,
     TransferState,
     check_block_range,
@@ -46,6 +47,12 @@ from kvrelay_transfer.region import RemoteRegion
 log = logging.getLogger(__name__)
 
 DEFAULT_DEADLINE_S = 10.0
+# An engine that decodes looks once a step, and what it has not posted by then waits for the next look: so much that
+# NVLink is busy for a step of 5 ms, in pieces that take a third of a millisecond, while the words of the last one are
+# compared and the next one is posted. A posted copy cannot be taken back; this much is over in 5 ms.
+WINDOW = ReadWindow(max_reads=16, max_read_bytes=128 << 20)
+# A look costs a microsecond, and reads take tenths of a millisecond.
+POLL_S = 0.00005
 
 
 class CudaIpcEndpoint(Struct, frozen=True, array_like=True):
@@ -153,6 +160,8 @@ class _CudaIpcLink(PeerLink):
     """Used by the engine's thread, and by the keeper's as a `Mapping`. `_lock` lies between "closed" and posting: once
     it is closed no copy is posted, and the mapping goes only when all that were posted have ended."""
 
+    window = WINDOW
+
     def __init__(
         self, connector: CudaIpcConnector, peer_id: str, region: RemoteRegion, pool: MappedPool, life_fd: int
     ) -> None:
@@ -231,6 +240,8 @@ class _CudaIpcLink(PeerLink):
 
 class _CudaIpcTransfer(Transfer):
     """A copy cannot be taken back: whatever is asked for, the destination is under write until the event fires."""
+
+    poll_s = POLL_S
 
     def __init__(
         self, link: _CudaIpcLink, blocks: Blocks, event: torch.cuda.Event, clock: Clock, deadline_at_s: float

@@ -6,6 +6,7 @@ long spans, a gather kernel on a few multiprocessors for short and for sliced on
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,9 @@ from kvrelay_transfer.pool_memory import PoolMemory
 # (two H200s, 512 MiB from post to event: 2.0 ms against the kernel's 1.6 at 1 MiB, 1.6 against 1.6 at 2 MiB, where they
 # hold up a decode step half as long; bench/transfer.py, docs/adr/0014).
 MIN_ENGINE_SPAN_BYTES = 2 << 20
+# Spans in the first call for the engines, and how many times as many in each following one. A call takes about 1 us a
+# span before any of its bytes move, and the least span that goes this way keeps the link busy for 5 us.
+_FIRST_BATCH, _BATCH_GROWTH = 4, 4
 # Rows of these lengths (bytes) are the kernel's classes; it is compiled for them before the first step.
 _WARM_ROW_BYTES = (16 << 10, 1 << 10, 128)
 
@@ -56,11 +60,14 @@ class DeviceCopier:
         return self.copy_by_kernel(source, remote, local)
 
     def copy_by_engines(self, source: MappedPool, remote: Blocks, local: Blocks, counts: Blocks) -> torch.cuda.Event:
-        """One span for each run of blocks."""
-        sources = (source.address + remote * self._block_bytes).astype(np.uint64)
-        destinations = (self._pool.data_ptr() + local * self._block_bytes).astype(np.uint64)
+        """One span for each run of blocks. The engines begin when a call returns, so the first call is a short one and
+        the next ones are made while they copy."""
+        sources = (source.address + remote * self._block_bytes).view(np.uint64)
+        destinations = (self._pool.data_ptr() + local * self._block_bytes).view(np.uint64)
+        sizes_bytes = (counts * self._block_bytes).view(np.uint64)
         with torch.cuda.device(self.device):
-            self._runtime.copy_batch(destinations, sources, (counts * self._block_bytes).astype(np.uint64), self.stream)
+            for batch in growing_batches(len(counts)):
+                self._runtime.copy_batch(destinations[batch], sources[batch], sizes_bytes[batch], self.stream)
             return self._event()
 
     def copy_by_kernel(self, source: MappedPool, remote: Blocks, local: Blocks) -> torch.cuda.Event:
@@ -83,10 +90,11 @@ class DeviceCopier:
         local_offsets = local * self._block_bytes + slices.local_offsets
         return self._copy_rows(source, remote_offsets, local_offsets, spacing)
 
-    def copy_span(self, source: int, destination: torch.Tensor) -> None:
+    def copy_span(self, source: int, destination: torch.Tensor) -> torch.cuda.Event:
         """Posts the copy of one span into a tensor of bytes."""
         with torch.cuda.device(self.device):
             self._runtime.copy(destination.data_ptr(), source, destination.numel(), self.stream)
+            return self._event()
 
     def _copy_rows(
         self, source: MappedPool, remote_offsets: Blocks, local_offsets: Blocks, spacing: RowSpacing
@@ -98,7 +106,7 @@ class DeviceCopier:
         alignment = spacing.alignment(source.address, self._pool.data_ptr(), int(np.bitwise_or.reduce(host, axis=None)))
         # A kernel is launched on the current device.
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-            offsets = table.upload(len(remote_offsets))
+            offsets = table.upload(len(remote_offsets), self._runtime, self.stream)
             copy_rows(source.address, self._pool, offsets, spacing, alignment)
             table.used_until = self._event()
         return table.used_until
@@ -115,3 +123,11 @@ class DeviceCopier:
             for row_bytes in _WARM_ROW_BYTES:
                 copy_rows(scratch.data_ptr(), scratch[max(_WARM_ROW_BYTES) :], table, RowSpacing.one_row(row_bytes), 16)
             torch.cuda.synchronize(self.device)
+
+
+def growing_batches(num_spans: int) -> Iterator[slice]:
+    """In order, and all of them."""
+    first, size = 0, _FIRST_BATCH
+    while first < num_spans:
+        yield slice(first, first + size)
+        first, size = first + size, size * _BATCH_GROWTH

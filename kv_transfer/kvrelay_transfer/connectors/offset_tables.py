@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvrelay_transfer.cuda_runtime import CudaRuntime
+
 _FIRST_TABLES = 4
 _LEAST_PAIRS = 4096
 
@@ -33,10 +35,10 @@ class OffsetTable:
         """To be filled."""
         return self.pinned[: 2 * num_pairs].numpy().reshape(2, num_pairs)
 
-    def upload(self, num_pairs: int) -> torch.Tensor:
-        """On the current stream. The host's side must stay as it is until `used_until` has fired."""
+    def upload(self, num_pairs: int, runtime: CudaRuntime, stream: torch.cuda.Stream) -> torch.Tensor:
+        """Posts the copy. The host's side must stay as it is until `used_until` has fired."""
         table = self.on_device[: 2 * num_pairs]
-        table.copy_(self.pinned[: 2 * num_pairs], non_blocking=True)
+        runtime.copy(table.data_ptr(), self.pinned.data_ptr(), table.nbytes, stream)
         return table.view(2, num_pairs)
 
 

@@ -90,7 +90,7 @@ class TwoEngines:
             self.events.append,
             lambda _, num_blocks: self.pool.reserve(num_blocks),
             model_fingerprint=MODEL,
-            limits=ReaderLimits(max_read_bytes=5 * LAYOUT.block_bytes),
+            limits=ReaderLimits(max_read_bytes=5 * LAYOUT.block_bytes, max_quarantined_share=0.5),
         )
         self.aborted: list[int] = []
         shm_offer = self.source_shm.offer()

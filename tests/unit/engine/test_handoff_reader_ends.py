@@ -67,13 +67,25 @@ def test_a_peer_with_too_much_in_quarantine_is_torn_down() -> None:
         pair.open(sequence, pair.side.prefill(sequence))
         pair.carry(request_id)
         pair.poll()
+    assert [len(read.request.local) for read in pair.fabric.pending] == [5, 3], "as much as may be given up at once"
     pair.reader.abort(1)
     assert pair.reader.num_quarantined == 5
-    pair.take_events()
     pair.reader.abort(2)
+    assert pair.reader.num_quarantined == 8
+
+    for request_id in (3, 4):
+        sequence = make_sequence([request_id * 1000 + token for token in TOKENS], request_id)
+        pair.open(sequence, pair.side.prefill(sequence))
+        pair.carry(request_id)
+        pair.poll()
+    assert [len(read.request.local) for read in pair.fabric.pending] == [5, 3, 1], "one read comes through"
+    pair.take_events()
+    pair.reader.abort(3)
     failed = [event for event in pair.take_events() if isinstance(event, PeerFailed)]
     assert [event.peer_id for event in failed] == [ADDRESS]
+    pair.reader.abort(4)
     pair.assert_all_free()
+    pair.take_events()
     pair.connect()
 
 
