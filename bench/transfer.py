@@ -24,7 +24,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from measured import print_table, provenance, write_result  # noqa: E402
 from transfer_decode import DecodeStep  # noqa: E402
-from transfer_device import LinkFeed, device_ways, spin  # noqa: E402
+from transfer_device import DeviceWays, LinkFeed, device_ways, spin, until_fired  # noqa: E402
 from transfer_minimal_nixl import minimal_nixl  # noqa: E402
 from transfer_minimal_ucx import minimal_ucx  # noqa: E402
 
@@ -34,7 +34,8 @@ from kvrelay_core.errors import ConfigError, DeadlineError, TransferError, Unava
 
 # The blocks of Llama-3.1-8B with 16 and 64 tokens are the last two.
 SPAN_SIZES = (16 << 10, 128 << 10, 512 << 10, 2 << 20, 8 << 20)
-DECODE_STEPS = 200
+DECODE_STEPS = 128
+DECODE_SPAN_SIZES = (2 << 20,)
 POSTING_CYCLES = 100_000_000  # 50 ms
 # One hand-off of 512 MiB for so many steps is 14 requests a second of 4096 tokens.
 STEPS_PER_HANDOFF = 16
@@ -110,7 +111,7 @@ class TransferBench:
         return Pair(name, source, span_bytes, self._size_bytes, self._args.reader_device, Path(folder))
 
     def _measure_pair(self, name: str, pair: Pair, span_bytes: int) -> list[dict[str, Any]]:
-        pair.read_all()
+        pair.read_in_pieces()
         pair.check()
         rows = []
         if name in MINIMAL_PROGRAMS:
@@ -123,30 +124,36 @@ class TransferBench:
         elif name == "shm":
             rows.append(self._row("memcpy", self._size_bytes, self._time(self._memcpy())))
         common = {"probe_gb_per_s": pair.link.probed_gb_per_s(), "connect_ms": 1e3 * pair.connect_s}
-        rows.append({**self._row(f"{name}, one read", span_bytes, self._time(pair.read_all)), **common})
-        rows.append(self._row(f"{name}, reads of 32 MiB", span_bytes, self._time(pair.read_in_pieces)))
+        pair.side.memory.tensor.zero_()
+        rows.append(
+            {**self._row(f"{name}, as the engine reads", span_bytes, self._time(pair.read_in_pieces)), **common}
+        )
         pair.check()
+        rows.append(self._row(f"{name}, one read", span_bytes, self._time(pair.read_all)))
         return rows
 
     def _measure_device_copies(self, pair: Pair, span_bytes: int) -> list[dict[str, Any]]:
-        """On the GPU's clock: one contiguous copy, and the ways of copying spans; and of these the time from post to
-        event on the host's."""
+        """One contiguous copy, and the ways of copying spans: from post to event, and on the GPU's clock."""
         with device_ways(pair) as ways:
-            copier = ways.copier
             posts: dict[str, Callable[[], torch.cuda.Event]] = {
-                "copy engines": ways.by_engines, "kernel": ways.by_kernel, "kernel, rows of 4 KiB": ways.by_rows,
+                "raw peer copy": ways.plain, "copy engines": ways.by_engines, "kernel": ways.by_kernel,
+                "kernel, rows of 4 KiB": ways.by_rows,
             }  # fmt: skip
-            flat = pair.side.memory.block_rows.view(-1)[: self._size_bytes]
-            plain_s = self._time_stream(copier, lambda: copier.copy_span(ways.source.address, flat))
-            rows = [self._row("raw peer copy", self._size_bytes, plain_s)]
-            for way, post in posts.items():
-                pair.side.memory.tensor.zero_()
-                torch.cuda.synchronize()
-                row = self._row(way, span_bytes, self._time_stream(copier, post))
-                pair.check()
-                row["posted_to_done_ms"] = 1e3 * self._time(functools.partial(spin, pair, post))
-                rows.append(row)
-        return rows
+            return [self._measure_post(pair, ways, way, post, span_bytes) for way, post in posts.items()]
+
+    def _measure_post(
+        self, pair: Pair, ways: DeviceWays, way: str, post: Callable[[], torch.cuda.Event], span_bytes: int
+    ) -> dict[str, Any]:
+        pair.side.memory.tensor.zero_()
+        torch.cuda.synchronize()
+        device_s = self._time_stream(ways.copier, post)
+        if post != ways.plain:
+            pair.check()
+        seconds = self._time(functools.partial(spin, pair, post))
+        return {
+            **self._row(way, span_bytes, seconds), "device_ms": 1e3 * device_s,
+            "device_gb_per_s": self._size_bytes / device_s / 1e9,
+        }  # fmt: skip
 
     def _time(self, act: Callable[[], None]) -> float:
         """Median of wall-clock seconds."""
@@ -190,7 +197,7 @@ class TransferBench:
         step.median_ms(DECODE_STEPS)
         rows = []
         source = Source(self._args.source_device)
-        for span_bytes in (2 << 20, 8 << 20):
+        for span_bytes in DECODE_SPAN_SIZES:
             with tempfile.TemporaryDirectory(prefix="kvb-", dir="/tmp") as folder:
                 pair = self._pair("cuda_ipc", source, span_bytes, folder)
                 try:
@@ -202,13 +209,13 @@ class TransferBench:
 
     def _measure_beside(self, step: DecodeStep, pair: Pair, span_bytes: int) -> list[dict[str, Any]]:
         with device_ways(pair) as ways:
+            engines, kernel = until_fired(ways.by_engines), until_fired(ways.by_kernel)
             loads = {
-                "copy engines, link never idle": LinkFeed(pair, ways.by_engines, at_once=8, every=1),
-                "kernel, link never idle": LinkFeed(pair, ways.by_kernel, at_once=8, every=1),
-                "copy engines, 512 MiB every 16 steps": LinkFeed(
-                    pair, ways.by_engines, at_once=1, every=STEPS_PER_HANDOFF
-                ),
-                "kernel, 512 MiB every 16 steps": LinkFeed(pair, ways.by_kernel, at_once=1, every=STEPS_PER_HANDOFF),
+                "copy engines, link never idle": LinkFeed(pair, engines, at_once=8, every=1),
+                "kernel, link never idle": LinkFeed(pair, kernel, at_once=8, every=1),
+                "copy engines, every 16 steps": LinkFeed(pair, engines, at_once=1, every=STEPS_PER_HANDOFF),
+                "kernel, every 16 steps": LinkFeed(pair, kernel, at_once=1, every=STEPS_PER_HANDOFF),
+                "cuda_ipc reads, every 16 steps": LinkFeed(pair, pair.post_all, at_once=1, every=STEPS_PER_HANDOFF),
             }
             return [self._beside(step, load, feed, span_bytes) for load, feed in loads.items()]
 
@@ -238,12 +245,13 @@ def print_result(result: dict[str, Any]) -> None:
         f"{settings['size_mib']} MiB in scattered spans, process to process; {source['gpus'] or 'no GPU'}; "
         f"{source['cpu']}, {source['cores']} cores; commit {source['commit']}\n"
     )
-    rows, plain_gb_per_s = [], None
+    rows: list[tuple[str, ...]] = []
+    plain: dict[str, Any] = {}
     for row in result["transfers"]:
-        if row["way"] in PLAIN_COPIES:
-            plain_gb_per_s = row["gb_per_s"]
-        rows.append(transfer_cells(row, plain_gb_per_s))
-    print_table(("span KiB", "way", "ms", "GB/s", "of the plain one", "ms with posting"), rows)
+        plain = row if row["way"] in PLAIN_COPIES else plain
+        rows.append(transfer_cells(row, plain))
+    header = ("ms from post to done", "GB/s", "of the plain one", "ms on the GPU's clock", "of the plain one")
+    print_table(("span KiB", "way", *header), rows)
     if result["decode"]:
         print("\nDecode steps (batch 32, all weights and 4 GiB of KV read) beside reads of 512 MiB on the same GPU:\n")
         print_table(
@@ -252,12 +260,14 @@ def print_result(result: dict[str, Any]) -> None:
         )
 
 
-def transfer_cells(row: dict[str, Any], plain_gb_per_s: float | None) -> tuple[str, ...]:
+def transfer_cells(row: dict[str, Any], plain: dict[str, Any]) -> tuple[str, ...]:
     if "skipped" in row:
-        return ("", row["way"], "", "", f"skipped: {row['skipped']}", "")
-    share = f"{row['gb_per_s'] / plain_gb_per_s:.1%}" if plain_gb_per_s else ""
-    posted = f"{row['posted_to_done_ms']:.3f}" if "posted_to_done_ms" in row else ""
-    return (f"{row['span_bytes'] >> 10}", row["way"], f"{row['ms']:.3f}", f"{row['gb_per_s']:.1f}", share, posted)
+        return ("", row["way"], "", "", f"skipped: {row['skipped']}", "", "")
+    share = f"{row['gb_per_s'] / plain['gb_per_s']:.1%}" if plain else ""
+    cells = (f"{row['span_bytes'] >> 10}", row["way"], f"{row['ms']:.3f}", f"{row['gb_per_s']:.1f}", share)
+    if "device_ms" not in row:
+        return (*cells, "", "")
+    return (*cells, f"{row['device_ms']:.3f}", f"{row['device_gb_per_s'] / plain['device_gb_per_s']:.1%}")
 
 
 def decode_cells(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from msgspec import Struct
 
 from kvrelay_cli.transfer.side import Side
@@ -15,11 +16,10 @@ from kvrelay_cli.transfer.source import Opened, Source
 from kvrelay_core.errors import InternalError, TransferError
 from kvrelay_core.request import AttemptId
 from kvrelay_transfer.connectors.base import BlockRead, PeerInfo, PeerLink, Transfer, TransferState
+from kvrelay_transfer.fence import agree
 from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.ticket import GroupBlocks, KvTicket, LeaseTerms
 
-PIECE_BYTES = 32 << 20  # one read of the engine, which keeps four under way
-PIECES_UNDER_WAY = 4
 DEADLINE_S = 60.0
 
 
@@ -66,11 +66,12 @@ class Pair:
         try:
             self._opened: Opened = source.open(name, self.layout, 2 * num_spans + 1)
             self.peer = self._opened.peer
-            self.scatter()
+            self._words = np.array(self._opened.words, np.uint64)
             started_s = time.perf_counter()
             self.link: PeerLink = self.side.connect(self.peer)
             self.connect_s = time.perf_counter() - started_s
             self.wait(lambda: self.link.probed_gb_per_s() is not None)
+            self.scatter()
         except BaseException:
             self.side.close()
             raise
@@ -81,27 +82,32 @@ class Pair:
         remote = self._chosen.sample(range(1, 2 * self._num_spans + 1), self._num_spans)
         local = self._chosen.sample(range(1, self._num_spans + 1), self._num_spans)
         self.spans = Spans(self.layout, tuple(remote), tuple(local))
-        step = max(1, PIECE_BYTES // self.layout.block_bytes)
+        step = max(1, self.link.window.max_read_bytes // self.layout.block_bytes)
         self._whole = self.spans.read(self.peer)
         self._pieces = [self.spans.read(self.peer, first, first + step) for first in range(0, len(remote), step)]
         self._one = self.spans.read(self.peer, 0, 1)
 
     def read_all(self) -> None:
         """In one read."""
-        self._finish([self._post(self._whole)])
+        self._read([self._whole])
 
     def read_in_pieces(self) -> None:
-        """As the engine does."""
-        under_way: list[tuple[BlockRead, Transfer]] = []
-        for piece in self._pieces:
-            if len(under_way) == PIECES_UNDER_WAY:
-                self._finish([under_way.pop(0)])
-            under_way.append(self._post(piece))
-        self._finish(under_way)
+        """As the engine does, in reads that suit the link."""
+        self._read(self._pieces)
+
+    def post_all(self) -> Callable[[], bool]:
+        """Posts reads as `read_in_pieces` does, but all at once; says whether all have ended, when it is asked."""
+        under_way = [(read, self.link.read(read)) for read in self._pieces]
+
+        def advance() -> bool:
+            self._take_in(under_way)
+            return not under_way
+
+        return advance
 
     def read_one(self) -> None:
         """A single span."""
-        self._finish([self._post(self._one)])
+        self._read([self._one])
 
     def check(self, num_spans: int | None = None) -> None:
         """Every byte of the spans (or of the first so many) is where it belongs."""
@@ -121,14 +127,28 @@ class Pair:
         self.link.close()
         self.side.close()
 
-    def _post(self, read: BlockRead) -> tuple[BlockRead, Transfer]:
-        return read, self.link.read(read)
+    def _read(self, wanted: list[BlockRead]) -> None:
+        """From the first post to the comparison of the last words, as many under way as suit the link."""
+        left = wanted[::-1]
+        under_way: list[tuple[BlockRead, Transfer]] = []
 
-    def _finish(self, posted: list[tuple[BlockRead, Transfer]]) -> None:
-        """Waits for all, and compares the words that came with those of the source."""
-        self.wait(lambda: all(transfer.poll().is_terminal for _, transfer in posted))
-        for read, transfer in posted:
-            if transfer.poll() is not TransferState.DONE:
-                raise transfer.error or TransferError("a read failed")
-            if transfer.words != tuple(self._opened.words[block] for block in read.remote_blocks):
-                raise InternalError("the fence words that arrived are not the source's; nothing was measured")
+        def advance() -> bool:
+            self._take_in(under_way)
+            while left and len(under_way) < self.link.window.max_reads:
+                read = left.pop()
+                under_way.append((read, self.link.read(read)))
+            return not under_way
+
+        self.wait(advance)
+
+    def _take_in(self, under_way: list[tuple[BlockRead, Transfer]]) -> None:
+        for read, transfer in under_way.copy():
+            if transfer.poll().is_terminal:
+                under_way.remove((read, transfer))
+                self._check_words(read, transfer)
+
+    def _check_words(self, read: BlockRead, transfer: Transfer) -> None:
+        if transfer.poll() is not TransferState.DONE:
+            raise transfer.error or TransferError("a read failed")
+        if not agree(transfer.words, self._words[read.remote]):
+            raise InternalError("the fence words that arrived are not the source's; nothing was measured")
