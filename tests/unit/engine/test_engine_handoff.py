@@ -12,7 +12,8 @@ from fake_runner import continuation
 from kvrelay_core.errors import DeadlineError
 from kvrelay_core.request import AttemptId, ChoiceState, ErrorInfo, FinishReason
 from kvrelay_engine import messages
-from kvrelay_transfer.connectors.base import TransferState
+from kvrelay_transfer.connectors.base import Transfer, TransferState
+from kvrelay_transfer.connectors.memory import MemoryTransfer
 
 
 @pytest.fixture
@@ -205,6 +206,21 @@ def test_a_lost_handoff_waits_for_the_router_only_so_long(pair: EnginePair) -> N
     pair.clock.advance(10.1)
     pair.run()
     assert pair.reader.error(1) == "HandoffError"
+
+
+def test_an_idle_engine_looks_as_often_as_suits_the_connector(
+    pair: EnginePair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MemoryTransfer, "poll_s", 0.00005)
+    pair.lands_reads = False
+    pair.submit(1, make_generation(prompt_of(12), 6))
+    assert pair.reader.engine.remote_kv.poll_s == Transfer.poll_s
+    while not pair.fabric.pending:
+        pair.turn()
+    assert pair.reader.engine.remote_kv.poll_s == 0.00005
+    pair.lands_reads = True
+    pair.run()
+    assert pair.reader.engine.remote_kv.poll_s == Transfer.poll_s
 
 
 def test_a_stale_block_is_never_used(pair: EnginePair) -> None:

@@ -18,7 +18,7 @@ from kvrelay_engine.messages import (
     HandoffFailed,
     ReleaseReason,
 )
-from kvrelay_transfer.connectors.base import TransferState
+from kvrelay_transfer.connectors.base import PeerLink, ReadWindow, TransferState
 
 
 @pytest.fixture
@@ -99,6 +99,15 @@ def test_reads_are_bounded_in_size_and_number() -> None:
     pair.fabric.land_all()
     pair.poll()
     assert [len(read.request.local_blocks) for read in pair.fabric.pending] == [1]
+    assert isinstance(pair.land(), HandoffArrived)
+
+
+def test_reads_are_as_suits_the_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PeerLink, "window", ReadWindow(max_reads=3, max_read_bytes=2 * LAYOUT.block_bytes))
+    pair = HandoffPair()
+    finished(pair, list(range(40)))
+    pair.poll()
+    assert [len(read.request.local) for read in pair.fabric.pending] == [2, 2, 2]
     assert isinstance(pair.land(), HandoffArrived)
 
 

@@ -14,6 +14,7 @@ from kvrelay_core.errors import ConfigError
 from kvrelay_transfer.connectors.base import as_blocks
 from kvrelay_transfer.connectors.block_runs import count_runs, merge_runs
 from kvrelay_transfer.connectors.copy_thread import merge_runs as merge_runs_one_by_one
+from kvrelay_transfer.connectors.device_copy import growing_batches
 from kvrelay_transfer.cuda_runtime import CudaCallError, CudaRuntime
 
 
@@ -95,6 +96,14 @@ def test_without_cuda_there_is_no_runtime(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="use --device cpu"):
         CudaRuntime.load()
+
+
+@pytest.mark.parametrize(("num_spans", "sizes"), [(0, []), (1, [1]), (4, [4]), (5, [4, 1]), (256, [4, 16, 64, 172])])
+def test_batches_for_the_copy_engines_grow_and_leave_nothing_out(num_spans: int, sizes: list[int]) -> None:
+    spans = list(range(num_spans))
+    batches = [spans[batch] for batch in growing_batches(num_spans)]
+    assert [len(batch) for batch in batches] == sizes
+    assert [span for batch in batches for span in batch] == spans
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvrelay_transfer.fence import FenceWords, RemoteWords
+from kvrelay_transfer.fence import FenceWords, RemoteWords, agree
 
 
 def make_words(num_blocks: int = 4, epoch: bytes = b"\xff\xee\xdd\xcc" + bytes(12)) -> tuple[FenceWords, RemoteWords]:
@@ -22,6 +22,16 @@ def test_a_bump_changes_one_word_and_readers_see_it() -> None:
     before = remote.read([0, 1, 2, 3])
     assert words.bump(1) == before[1] + 1
     assert remote.read([0, 1, 2, 3]) == (before[0], before[1] + 1, before[2], before[3])
+
+
+def test_words_agree_in_any_form_and_to_the_last_bit() -> None:
+    words = (1, (1 << 63) + 1)
+    as_array = np.array(words, np.uint64)
+    assert agree(words, as_array) and agree(as_array, as_array.copy()) and agree((), np.empty(0, np.uint64))
+    # As floats, which numpy makes of a tuple of both kinds, these are equal.
+    assert not agree((1, (1 << 63) + 2), as_array)
+    assert not agree((1, (1 << 63) + 2), words)
+    assert not agree(words[:1], as_array) and not agree((), as_array) and not agree(words[::-1], as_array)
 
 
 def test_the_generation_wraps_without_touching_the_epoch() -> None:
