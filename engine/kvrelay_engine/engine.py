@@ -87,7 +87,7 @@ class Engine:
     # ----------------------------------------------------------------------------------------- the loop
 
     def step(self) -> bool:
-        """One turn; True if it computed something. Never blocks on anything but the device."""
+        """One turn; True if it computed something. Waits for the device, and for KV that is due at once."""
         self.source.tick()
         self._advance_remote_kv()
         self._expire()

@@ -68,6 +68,11 @@ class PostedRead:
     is_second_try: bool = False
 
     @property
+    def is_quick(self) -> bool:
+        """It takes a fraction of a step."""
+        return self.transfer.poll_s < Transfer.poll_s
+
+    @property
     def blocks(self) -> tuple[int, ...]:
         """The local destination, each block once."""
         return tuple(dict.fromkeys(self.read.local_blocks))
@@ -116,6 +121,11 @@ class Incoming:
     def num_usable(self) -> int:
         """Of our own blocks, from the start, those that hold verified KV."""
         return max(self.num_reused, self.plan.local_blocks_in(self.num_verified))
+
+    @property
+    def is_all_posted(self) -> bool:
+        """Nothing is missing but reads under way."""
+        return self.first_tokens is not None and self.num_posted == len(self.group.blocks)
 
     @property
     def is_whole(self) -> bool:

@@ -13,6 +13,7 @@ ended with a reason by HandoffRelease. Knows nothing of steps or sampling; `rese
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -143,6 +144,13 @@ class HandoffReader:
     def transfers(self) -> Iterator[Transfer]:
         """That a hand-off waits for."""
         return (read.transfer for incoming in self._incoming.values() for read in incoming.reads)
+
+    def due_s(self) -> float | None:
+        """In how much time at most the last reads of a hand-off come, by their link's probe; None where there is none
+        such, or its link is not one whose reads take a fraction of a step."""
+        last = [incoming.reads for incoming in self._incoming.values() if incoming.is_all_posted and incoming.reads]
+        dues = [self._seconds_for(reads[0]) for reads in last if all(read.is_quick for read in reads)]
+        return min(dues, default=None)
 
     def pulled_blocks(self) -> dict[int, int]:
         """Per request id of a hand-off in progress, in blocks of its source; for the engine's Beat."""
@@ -308,9 +316,8 @@ class HandoffReader:
 
     def _next_read_bytes(self, incoming: Incoming, window: ReadWindow) -> int:
         peer_id = incoming.ticket.source_address
-        reads = [read for other in self._incoming.values() for read in other.reads if read.peer_id == peer_id]
         given_up_bytes = self._quarantine.num_blocks_of(peer_id) * self._layout.block_bytes
-        under_way_bytes = sum(read.size_bytes for read in reads)
+        under_way_bytes = self._under_way_bytes(peer_id)
         return self._room.next_read_bytes(window, len(incoming.reads), under_way_bytes, given_up_bytes)
 
     def _arrive(self, incoming: Incoming) -> HandoffArrived:
@@ -344,6 +351,17 @@ class HandoffReader:
         if self._grpc is None:
             raise InternalError("a fetched piece came, but this engine has no grpc connector")
         return self._grpc
+
+    def _seconds_for(self, read: PostedRead) -> float:
+        """As if all that is under way from the peer had just begun."""
+        speed = self.peers.records.find(read.peer_id, read.connector).speed
+        gb_per_s = 0.0 if speed is None else speed.gb_per_s
+        return self._under_way_bytes(read.peer_id) / (1e9 * gb_per_s) if gb_per_s else math.inf
+
+    def _under_way_bytes(self, peer_id: str) -> int:
+        """Without what was given up."""
+        reads = [read for incoming in self._incoming.values() for read in incoming.reads]
+        return sum(read.size_bytes for read in reads if read.peer_id == peer_id)
 
     def _has_waited(self, incoming: Incoming, budget_s: float) -> bool:
         if incoming.waiting_since_s is None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import chain
 
+from kvrelay_engine.arrival_wait import ArrivalWait
 from kvrelay_engine.config import EngineConfig
 from kvrelay_engine.embeddings.reader import EmbeddingsLost
 from kvrelay_engine.engine_parts import EngineParts
@@ -33,6 +34,9 @@ class PullEnded:
     sequence: Sequence
 
 
+RemoteOutcome = HandoffArrived | HandoffBroken | PullEnded | EmbeddingsLost
+
+
 class RemoteKv:
     def __init__(
         self,
@@ -43,6 +47,8 @@ class RemoteKv:
         scheduler: Scheduler,
     ) -> None:
         fingerprint = parts.identity.model_fingerprint
+        self._clock = parts.clock
+        self._arrival_wait = ArrivalWait(parts.clock)
         self._cache = cache
         self._block_tokens = parts.layout.block_tokens
         self.media = parts.media
@@ -75,8 +81,19 @@ class RemoteKv:
             self.media.handle(command)
             self.reader.handle(command)
 
-    def poll(self) -> list[HandoffArrived | HandoffBroken | PullEnded | EmbeddingsLost]:
-        """Never blocks."""
+    def poll(self) -> list[RemoteOutcome]:
+        """Waits for the last blocks of a hand-off that are due at once, where that is allowed; else never blocks."""
+        outcomes = self._poll()
+        due_s = self.reader.due_s()
+        if due_s is None or due_s > (allowed_s := self._arrival_wait.allowed_s()):
+            return outcomes
+        started_s = self._clock.now()
+        while (waited_s := self._clock.now() - started_s) < allowed_s and self.reader.due_s() is not None:
+            outcomes += self._poll()
+        self._arrival_wait.spend(waited_s)
+        return outcomes
+
+    def _poll(self) -> list[RemoteOutcome]:
         return [*self.reader.poll(), *map(PullEnded, self.pulls.poll()), *self.media.poll()]
 
     def abort(self, request_id: int, reason: ReleaseReason = ReleaseReason.CANCELLED) -> None:

@@ -12,7 +12,7 @@ from fake_runner import continuation
 from kvrelay_core.errors import DeadlineError
 from kvrelay_core.request import AttemptId, ChoiceState, ErrorInfo, FinishReason
 from kvrelay_engine import messages
-from kvrelay_transfer.connectors.base import Transfer, TransferState
+from kvrelay_transfer.connectors.base import LinkSpeed, Transfer, TransferState
 from kvrelay_transfer.connectors.memory import MemoryTransfer
 
 
@@ -221,6 +221,36 @@ def test_an_idle_engine_looks_as_often_as_suits_the_connector(
     pair.lands_reads = True
     pair.run()
     assert pair.reader.engine.remote_kv.poll_s == Transfer.poll_s
+
+
+@pytest.mark.parametrize(("gb_per_s", "waits"), [(100.0, True), (1e-6, False), (0.0, False)])
+def test_a_step_waits_for_kv_that_is_due_at_once(
+    pair: EnginePair, monkeypatch: pytest.MonkeyPatch, gb_per_s: float, waits: bool
+) -> None:
+    """Over a quick link, whose read lands while the step waits."""
+    looks: list[MemoryTransfer] = []
+    poll = MemoryTransfer.poll
+
+    def land_at_the_third_look(transfer: MemoryTransfer) -> TransferState:
+        looks.append(transfer)
+        if looks.count(transfer) == 3:
+            transfer.land()
+        return poll(transfer)
+
+    monkeypatch.setattr(MemoryTransfer, "poll_s", 0.00005)
+    monkeypatch.setattr(MemoryTransfer, "poll", land_at_the_third_look)
+    pair.lands_reads = False
+    pair.submit(1, make_generation(prompt_of(12), 6))
+    run_until(pair, messages.PeerConnected)
+    link = pair.reader.engine.remote_kv.reader.peers.records.find(pair.source.peer.peer_id, "memory")
+    link.speed, link.is_judged = LinkSpeed(gb_per_s), True
+    while not pair.fabric.pending and not looks:
+        pair.turn()
+    arrived = bool(pair.reader.of(messages.HandoffDone))
+    assert arrived is waits, "it joined the very step that posted it"
+    pair.lands_reads = True
+    pair.run()
+    assert pair.answer(1) == continuation(prompt_of(12), 6)
 
 
 def test_a_stale_block_is_never_used(pair: EnginePair) -> None:
