@@ -98,7 +98,7 @@ def test_blocks_arrive_by_copy_engines_and_by_kernel(
     assert transfer.poll() is TransferState.DONE
     assert_pattern(reader.memory, remote, local)
     assert not reader.memory.block_rows[[1, *range(42, 64)]].any()
-    assert transfer.words == source.words(remote)
+    assert tuple(transfer.words) == source.words(remote)
     reader.close()
 
 

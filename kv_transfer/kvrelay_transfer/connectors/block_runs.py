@@ -9,9 +9,9 @@ from kvrelay_transfer.connectors.base import Blocks
 
 def merge_runs(remote: Blocks, local: Blocks) -> tuple[Blocks, Blocks, Blocks]:
     """(remote, local, counts) of the spans in which both sides are contiguous. There is one pair at least."""
-    breaks = _breaks(remote, local)
-    starts = np.concatenate(([0], breaks))
-    return remote[starts], local[starts], np.diff(np.concatenate((starts, [len(remote)])))
+    bounds = np.concatenate(((0,), _breaks(remote, local), (len(remote),)))
+    starts = bounds[:-1]
+    return remote[starts], local[starts], bounds[1:] - starts
 
 
 def count_runs(remote: Blocks, local: Blocks) -> int:
@@ -21,5 +21,6 @@ def count_runs(remote: Blocks, local: Blocks) -> int:
 
 def _breaks(remote: Blocks, local: Blocks) -> Blocks:
     """Where a span begins, but for the first."""
-    breaks: Blocks = np.flatnonzero((np.diff(remote) != 1) | (np.diff(local) != 1)) + 1
+    is_break = (remote[1:] - remote[:-1] != 1) | (local[1:] - local[:-1] != 1)
+    breaks: Blocks = is_break.nonzero()[0] + 1
     return breaks

@@ -48,9 +48,9 @@ log = logging.getLogger(__name__)
 
 DEFAULT_DEADLINE_S = 10.0
 # An engine that decodes looks once a step, and what it has not posted by then waits for the next look: so much that
-# NVLink is busy for a step of 5 ms, in pieces that take a third of a millisecond, while the words of the last one are
-# compared and the next one is posted. A posted copy cannot be taken back; this much is over in 5 ms.
-WINDOW = ReadWindow(max_reads=16, max_read_bytes=128 << 20)
+# NVLink is busy for a step of 5 ms. A posted copy cannot be taken back; this much is over in 5 ms too. Each read costs
+# the engine's thread a tenth of a millisecond or two, hence few and large ones.
+WINDOW = ReadWindow(max_reads=8, max_read_bytes=256 << 20)
 # A look costs a microsecond, and reads take tenths of a millisecond.
 POLL_S = 0.00005
 

@@ -1,12 +1,14 @@
 """Copies from a peer's mapped pool into ours, on a stream of their own beside the engine's.
 
 Two ways, which this module chooses between: the copy engines (`cudaMemcpyBatchAsync`, no multiprocessors taken) for
-long spans, a gather kernel on a few multiprocessors for short and for sliced ones. Knows blocks, no peers and no time.
+long spans, a gather kernel on a few multiprocessors for short and for sliced ones. Either way a copy is posted in
+growing batches: the link is busy with the first while the rest is prepared. Knows blocks, no peers and no time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,13 +22,13 @@ from kvrelay_transfer.connectors.offset_tables import OffsetTables
 from kvrelay_transfer.cuda_runtime import CudaRuntime
 from kvrelay_transfer.pool_memory import PoolMemory
 
-# From this mean span on the copy engines are the better way: below it posting each span costs more time than they save
-# (two H200s, 512 MiB from post to event: 2.0 ms against the kernel's 1.6 at 1 MiB, 1.6 against 1.6 at 2 MiB, where they
-# hold up a decode step half as long; bench/transfer.py, docs/adr/0014).
-MIN_ENGINE_SPAN_BYTES = 2 << 20
-# Spans in the first call for the engines, and how many times as many in each following one. A call takes about 1 us a
-# span before any of its bytes move, and the least span that goes this way keeps the link busy for 5 us.
-_FIRST_BATCH, _BATCH_GROWTH = 4, 4
+# From this mean span on the copy engines are the better way. Posting takes the engine's thread 0.75 us a span: 0.4 ms
+# for 512 MiB at this size, which a decode step pays for as it does for the multiprocessors that the kernel takes; at
+# half of it posting is slower than copying (two H200s, bench/transfer.py, docs/adr/0014).
+MIN_ENGINE_SPAN_BYTES = 1 << 20
+# Bytes of the first batch, and how many times as many are in each following one. A span of the least size is copied in
+# four times the time that posting it takes.
+_FIRST_BATCH_BYTES, _BATCH_GROWTH = 8 << 20, 4
 # Rows of these lengths (bytes) are the kernel's classes; it is compiled for them before the first step.
 _WARM_ROW_BYTES = (16 << 10, 1 << 10, 128)
 
@@ -47,7 +49,7 @@ class DeviceCopier:
         self._pool = memory.block_rows.view(-1)
         self.device = self._pool.device
         self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        self._tables = OffsetTables(self.device)
+        self._tables = OffsetTables(runtime, self.stream)
         self._warm_up()
 
     def copy_blocks(self, source: MappedPool, remote: Blocks, local: Blocks) -> torch.cuda.Event:
@@ -60,13 +62,13 @@ class DeviceCopier:
         return self.copy_by_kernel(source, remote, local)
 
     def copy_by_engines(self, source: MappedPool, remote: Blocks, local: Blocks, counts: Blocks) -> torch.cuda.Event:
-        """One span for each run of blocks. The engines begin when a call returns, so the first call is a short one and
-        the next ones are made while they copy."""
+        """One span for each run of blocks."""
         sources = (source.address + remote * self._block_bytes).view(np.uint64)
         destinations = (self._pool.data_ptr() + local * self._block_bytes).view(np.uint64)
         sizes_bytes = (counts * self._block_bytes).view(np.uint64)
-        with torch.cuda.device(self.device):
-            for batch in growing_batches(len(counts)):
+        mean_bytes = int(sizes_bytes.sum()) // len(counts)
+        with self._current_device():
+            for batch in growing_batches(len(counts), mean_bytes):
                 self._runtime.copy_batch(destinations[batch], sources[batch], sizes_bytes[batch], self.stream)
             return self._event()
 
@@ -92,22 +94,23 @@ class DeviceCopier:
 
     def copy_span(self, source: int, destination: torch.Tensor) -> torch.cuda.Event:
         """Posts the copy of one span into a tensor of bytes."""
-        with torch.cuda.device(self.device):
+        with self._current_device():
             self._runtime.copy(destination.data_ptr(), source, destination.numel(), self.stream)
             return self._event()
 
     def _copy_rows(
         self, source: MappedPool, remote_offsets: Blocks, local_offsets: Blocks, spacing: RowSpacing
     ) -> torch.cuda.Event:
-        table = self._tables.take(len(remote_offsets))
-        host = table.host(len(remote_offsets))
-        host[0], host[1] = remote_offsets, local_offsets
         # A power of two divides all numbers if it divides all their bits together.
-        alignment = spacing.alignment(source.address, self._pool.data_ptr(), int(np.bitwise_or.reduce(host, axis=None)))
+        bits = int(np.bitwise_or.reduce(remote_offsets)) | int(np.bitwise_or.reduce(local_offsets))
+        alignment = spacing.alignment(source.address, self._pool.data_ptr(), bits)
+        table = self._tables.take(len(remote_offsets))
+        pair_bytes = spacing.num_rows * spacing.row_bytes
         # A kernel is launched on the current device.
-        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-            offsets = table.upload(len(remote_offsets), self._runtime, self.stream)
-            copy_rows(source.address, self._pool, offsets, spacing, alignment)
+        with self._current_device(), torch.cuda.stream(self.stream):
+            for batch in growing_batches(len(remote_offsets), pair_bytes):
+                offsets = table.upload(batch.start, remote_offsets[batch], local_offsets[batch])
+                copy_rows(source.address, self._pool, offsets, spacing, alignment)
             table.used_until = self._event()
         return table.used_until
 
@@ -115,6 +118,11 @@ class DeviceCopier:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self.stream)
         return event
+
+    def _current_device(self) -> AbstractContextManager[object]:
+        """That of an engine's thread is our device already."""
+        is_current = torch.cuda.current_device() == self.device.index
+        return nullcontext() if is_current else torch.cuda.device(self.device)
 
     def _warm_up(self) -> None:
         scratch = torch.zeros(2 * max(_WARM_ROW_BYTES), dtype=torch.uint8, device=self.device)
@@ -125,9 +133,9 @@ class DeviceCopier:
             torch.cuda.synchronize(self.device)
 
 
-def growing_batches(num_spans: int) -> Iterator[slice]:
+def growing_batches(num_spans: int, span_bytes: int) -> Iterator[slice]:
     """In order, and all of them."""
-    first, size = 0, _FIRST_BATCH
+    first, size = 0, max(1, _FIRST_BATCH_BYTES // span_bytes)
     while first < num_spans:
-        yield slice(first, first + size)
+        yield slice(first, min(first + size, num_spans))
         first, size = first + size, size * _BATCH_GROWTH

@@ -6,12 +6,10 @@ it was for has ended.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from kvrelay_transfer.connectors.base import Blocks
 from kvrelay_transfer.cuda_runtime import CudaRuntime
 
 _FIRST_TABLES = 4
@@ -23,41 +21,43 @@ def has_fired(event: torch.cuda.Event) -> bool:
     return bool(event.query())  # type: ignore[no-untyped-call]
 
 
-@dataclass(slots=True, eq=False)
 class OffsetTable:
-    """Offsets [2, num_pairs] on either side."""
+    def __init__(self, runtime: CudaRuntime, stream: torch.cuda.Stream, num_pairs: int) -> None:
+        self._runtime = runtime
+        self._stream = stream
+        self._pinned = torch.empty(2 * num_pairs, dtype=torch.int64, pin_memory=True)
+        self._host: Blocks = self._pinned.numpy()
+        self._on_device = torch.empty(2 * num_pairs, dtype=torch.int64, device=stream.device)
+        self.num_pairs = num_pairs
+        self.used_until: torch.cuda.Event | None = None
 
-    pinned: torch.Tensor
-    on_device: torch.Tensor
-    used_until: torch.cuda.Event | None = None
-
-    def host(self, num_pairs: int) -> npt.NDArray[np.int64]:
-        """To be filled."""
-        return self.pinned[: 2 * num_pairs].numpy().reshape(2, num_pairs)
-
-    def upload(self, num_pairs: int, runtime: CudaRuntime, stream: torch.cuda.Stream) -> torch.Tensor:
-        """Posts the copy. The host's side must stay as it is until `used_until` has fired."""
-        table = self.on_device[: 2 * num_pairs]
-        runtime.copy(table.data_ptr(), self.pinned.data_ptr(), table.nbytes, stream)
-        return table.view(2, num_pairs)
+    def upload(self, first: int, remote_offsets: Blocks, local_offsets: Blocks) -> torch.Tensor:
+        """Posts the copy of the offsets of pairs from `first` on; [2, len(remote_offsets)] on the device. That part of
+        the table must stay as it is until `used_until` has fired."""
+        num_pairs = len(remote_offsets)
+        part = slice(2 * first, 2 * (first + num_pairs))
+        host, on_device = self._host[part], self._on_device[part]
+        np.copyto(host[:num_pairs], remote_offsets)
+        np.copyto(host[num_pairs:], local_offsets)
+        self._runtime.copy(on_device.data_ptr(), int(host.ctypes.data), host.nbytes, self._stream)
+        return on_device.view(2, num_pairs)
 
 
 class OffsetTables:
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, runtime: CudaRuntime, stream: torch.cuda.Stream) -> None:
+        self._runtime = runtime
+        self._stream = stream
         self._tables = [self._create(_LEAST_PAIRS) for _ in range(_FIRST_TABLES)]
 
     def take(self, num_pairs: int) -> OffsetTable:
         """One that no copy uses. The caller sets `used_until` when it has posted its copy."""
         for table in self._tables:
             is_free = table.used_until is None or has_fired(table.used_until)
-            if is_free and 2 * num_pairs <= table.pinned.numel():
+            if is_free and num_pairs <= table.num_pairs:
                 return table
         table = self._create(num_pairs)
         self._tables.append(table)
         return table
 
     def _create(self, num_pairs: int) -> OffsetTable:
-        size = 2 << max(_LEAST_PAIRS, num_pairs).bit_length()
-        pinned = torch.empty(size, dtype=torch.int64, pin_memory=True)
-        return OffsetTable(pinned, torch.empty(size, dtype=torch.int64, device=self._device))
+        return OffsetTable(self._runtime, self._stream, 1 << max(_LEAST_PAIRS, num_pairs).bit_length())

@@ -98,10 +98,13 @@ def test_without_cuda_there_is_no_runtime(monkeypatch: pytest.MonkeyPatch) -> No
         CudaRuntime.load()
 
 
-@pytest.mark.parametrize(("num_spans", "sizes"), [(0, []), (1, [1]), (4, [4]), (5, [4, 1]), (256, [4, 16, 64, 172])])
-def test_batches_for_the_copy_engines_grow_and_leave_nothing_out(num_spans: int, sizes: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("num_spans", "span_mib", "sizes"),
+    [(0, 2, []), (1, 2, [1]), (4, 2, [4]), (5, 2, [4, 1]), (256, 2, [4, 16, 64, 172]), (7, 64, [1, 4, 2])],
+)
+def test_batches_grow_and_leave_nothing_out(num_spans: int, span_mib: int, sizes: list[int]) -> None:
     spans = list(range(num_spans))
-    batches = [spans[batch] for batch in growing_batches(num_spans)]
+    batches = [spans[batch] for batch in growing_batches(num_spans, span_mib << 20)]
     assert [len(batch) for batch in batches] == sizes
     assert [span for batch in batches for span in batch] == spans
 
