@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 import triton
@@ -87,31 +87,63 @@ def scatter_blocks(data: Tensor, pool: Tensor, blocks_B: Tensor) -> None:
 
 def copy_rows(source: Tensor | int, out: Tensor, offsets_2P: Tensor, spacing: RowSpacing, alignment: int) -> None:
     """See `kvrelay_kernels.kv_copy.op.copy_rows`."""
-    num_pairs = offsets_2P.shape[1]
-    if num_pairs == 0:
-        return
-    word = _WORDS[min(8, alignment)]
-    words_per_unit = alignment // word.itemsize
-    launch = _row_launch(spacing.row_bytes // word.itemsize, out.device)
-    _copy_rows_kernel[(NUM_ROW_PROGRAMS,)](
-        _DevicePointer(source, word) if isinstance(source, int) else source.view(word),
-        out.view(word),
-        offsets_2P,
-        num_pairs,
-        num_pairs * spacing.num_rows,
-        spacing.num_rows,
-        spacing.inner,
-        spacing.row_bytes // alignment,
-        spacing.source_outer_stride // alignment,
-        spacing.source_inner_stride // alignment,
-        spacing.out_outer_stride // alignment,
-        spacing.out_inner_stride // alignment,
-        ALIGNMENT=alignment,
-        WORDS=words_per_unit,
-        ROWS=launch.rows,
-        COLUMNS=launch.tile,
-        num_warps=launch.num_warps,
-    )
+    launch = RowLaunch.of(source, out, offsets_2P, spacing, alignment)
+    if launch is not None:
+        launch.compile_and_run()
+
+
+@dataclass(frozen=True, slots=True)
+class RowLaunch:
+    """One launch of the kernel that copies rows: its tensors, integers and constants, in the order of its arguments."""
+
+    tensors: tuple[Tensor | _DevicePointer, ...]
+    integers: tuple[int, ...]
+    constants: tuple[int, ...]
+    num_warps: int
+
+    @classmethod
+    def of(
+        cls, source: Tensor | int, out: Tensor, offsets_2P: Tensor, spacing: RowSpacing, alignment: int
+    ) -> RowLaunch | None:
+        """None where there is nothing to copy."""
+        num_pairs = offsets_2P.shape[1]
+        if num_pairs == 0:
+            return None
+        word = _WORDS[min(8, alignment)]
+        launch = _row_launch(spacing.row_bytes // word.itemsize, out.device)
+        source_rows = _DevicePointer(source, word) if isinstance(source, int) else source.view(word)
+        integers = (
+            num_pairs,
+            num_pairs * spacing.num_rows,
+            spacing.num_rows,
+            spacing.inner,
+            spacing.row_bytes // alignment,
+            spacing.source_outer_stride // alignment,
+            spacing.source_inner_stride // alignment,
+            spacing.out_outer_stride // alignment,
+            spacing.out_inner_stride // alignment,
+        )
+        constants = (alignment, alignment // word.itemsize, launch.rows, launch.tile)
+        return cls((source_rows, out.view(word), offsets_2P), integers, constants, launch.num_warps)
+
+    @property
+    def columns(self) -> int:
+        """Of a tile, which name its class."""
+        return self.constants[-1]
+
+    @property
+    def largest_int(self) -> int:
+        return max(self.integers)
+
+    def compile_and_run(self) -> Any:
+        """On the current stream. The compiled kernel; None from Triton's interpreter."""
+        arguments = (*self.tensors, *self.integers, *self.constants)
+        return _copy_rows_kernel[(NUM_ROW_PROGRAMS,)](*arguments, num_warps=self.num_warps)
+
+    def run(self, compiled: Any, stream: torch.cuda.Stream) -> None:
+        """What `compile_and_run` returned for arguments of the same kind."""
+        arguments = (*self.tensors, *self.integers, *self.constants)
+        compiled[(NUM_ROW_PROGRAMS, 1, 1)](*arguments, stream=stream.cuda_stream)
 
 
 def _row_launch(row_words: int, device: torch.device) -> Launch:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kvrelay_kernels.kv_copy import copy_rows
 from kvrelay_kernels.kv_copy.rows import RowSpacing
 from kvrelay_transfer.connectors.base import Blocks, BlockSlices
 from kvrelay_transfer.connectors.block_runs import merge_runs
@@ -50,6 +49,9 @@ class DeviceCopier:
         self.device = self._pool.device
         self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._tables = OffsetTables(runtime, self.stream)
+        from kvrelay_kernels.kv_copy.row_copier import RowCopier  # needs Triton, which hosts without a GPU lack
+
+        self._rows = RowCopier(self.stream)
         self._warm_up()
 
     def copy_blocks(self, source: MappedPool, remote: Blocks, local: Blocks) -> torch.cuda.Event:
@@ -107,10 +109,10 @@ class DeviceCopier:
         table = self._tables.take(len(remote_offsets))
         pair_bytes = spacing.num_rows * spacing.row_bytes
         # A kernel is launched on the current device.
-        with self._current_device(), torch.cuda.stream(self.stream):
+        with self._current_device():
             for batch in growing_batches(len(remote_offsets), pair_bytes):
                 offsets = table.upload(batch.start, remote_offsets[batch], local_offsets[batch])
-                copy_rows(source.address, self._pool, offsets, spacing, alignment)
+                self._rows.copy(source.address, self._pool, offsets, spacing, alignment)
             table.used_until = self._event()
         return table.used_until
 
@@ -129,7 +131,8 @@ class DeviceCopier:
         with torch.cuda.device(self.device):
             table = torch.zeros(2, 1, dtype=torch.int64, device=self.device)
             for row_bytes in _WARM_ROW_BYTES:
-                copy_rows(scratch.data_ptr(), scratch[max(_WARM_ROW_BYTES) :], table, RowSpacing.one_row(row_bytes), 16)
+                out, spacing = scratch[max(_WARM_ROW_BYTES) :], RowSpacing.one_row(row_bytes)
+                self._rows.copy(scratch.data_ptr(), out, table, spacing, 16)
             torch.cuda.synchronize(self.device)
 
 
