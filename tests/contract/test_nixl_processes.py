@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,7 @@ from kvrelay_core.clock import MonotonicClock
 from kvrelay_core.errors import DeadlineError, TransferError
 from kvrelay_transfer.connectors.base import BlockRead, PeerLink, Transfer, TransferState
 from kvrelay_transfer.connectors.nixl import NixlConnector
-from kvrelay_transfer.connectors.nixl_agent import NixlAgent, PostedRead, PreparedSpans
+from kvrelay_transfer.connectors.nixl_agent import IndexArray, NixlAgent, PostedRead, PreparedSpans
 from kvrelay_transfer.pool_memory import PoolMemory
 
 DEADLINE_S = 1.5
@@ -235,9 +235,7 @@ def test_a_link_that_has_failed_connects_again_for_the_next_read(tmp_path: Path,
     failing: list[bool] = []
 
     class FailingAgent(NixlAgent):
-        def post_read(
-            self, local: PreparedSpans, to: Sequence[int], remote: PreparedSpans, of: Sequence[int]
-        ) -> PostedRead:
+        def post_read(self, local: PreparedSpans, to: IndexArray, remote: PreparedSpans, of: IndexArray) -> PostedRead:
             if failing:
                 raise TransferError("a cable was pulled")
             return super().post_read(local, to, remote, of)

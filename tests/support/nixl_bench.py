@@ -6,14 +6,14 @@ happens in the agent, before it posts the second.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from connector_benches import ConnectorBench, GatedClock, Shapes
 from handoff_sides import wait_until
 
 from kvrelay_transfer.connectors.base import BlockRead, Connector, ConnectorOffer, Transfer
 from kvrelay_transfer.connectors.nixl import NixlConnector
-from kvrelay_transfer.connectors.nixl_agent import NixlAgent, PostedRead, PreparedSpans
+from kvrelay_transfer.connectors.nixl_agent import IndexArray, NixlAgent, PostedRead, PreparedSpans
 
 
 class WatchedAgent(NixlAgent):
@@ -24,9 +24,7 @@ class WatchedAgent(NixlAgent):
         self.on_post: Callable[[int], None] = lambda number: None
         self.num_posted = 0
 
-    def post_read(
-        self, local: PreparedSpans, to: Sequence[int], remote: PreparedSpans, of: Sequence[int]
-    ) -> PostedRead:
+    def post_read(self, local: PreparedSpans, to: IndexArray, remote: PreparedSpans, of: IndexArray) -> PostedRead:
         self.num_posted += 1
         self.on_post(self.num_posted)
         return super().post_read(local, to, remote, of)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import torch
 
 from kvrelay_core.clock import Clock
@@ -20,7 +19,7 @@ from kvrelay_transfer.connectors.base import Connector, ConnectorOffer, ExportGa
 from kvrelay_transfer.connectors.nixl_agent import MemorySpan, NixlAgent
 from kvrelay_transfer.connectors.nixl_endpoint import NixlEndpoint, decode_endpoint, digest_of
 from kvrelay_transfer.connectors.nixl_link import Flight, NixlLink, ReaderSide
-from kvrelay_transfer.fence import WORD_BYTES
+from kvrelay_transfer.connectors.nixl_words import Landings, words_span
 from kvrelay_transfer.pool_memory import PoolMemory
 
 DEFAULT_DEADLINE_S = 10.0
@@ -55,7 +54,6 @@ class NixlConnector(Connector):
         self._is_serving = False
         self._links: list[NixlLink] = []
         self._side: ReaderSide | None = None  # while there is an agent
-        self._arrived_words = np.zeros(memory.num_blocks, np.uint64)
         block_bytes = memory.layout.block_bytes
         self._scratch_blocks = max(1, min(PROBE_BYTES // block_bytes, memory.num_blocks))
         scratch_bytes = self._scratch_blocks * block_bytes
@@ -103,23 +101,20 @@ class NixlConnector(Connector):
             kind, index = "VRAM", device.index or 0
         block_bytes = memory.layout.block_bytes
         data = MemorySpan(memory.data_address, memory.num_blocks * block_bytes, kind, index)
-        words = MemorySpan(memory.words.address, memory.num_blocks * WORD_BYTES, "DRAM", 0)
-        arrived = MemorySpan(int(self._arrived_words.ctypes.data), self._arrived_words.nbytes, "DRAM", 0)
+        words = words_span(memory.words.address, memory.num_blocks)
         scratch = MemorySpan(self._scratch.data_ptr(), self._scratch.numel(), kind, index)
         agent = agent_type(f"kvrelay-{memory.engine_epoch.hex()}")
         for span in (data, words):
             agent.register(span)
         metadata = agent.metadata()  # before the rest is registered, which is nobody's to read
-        for span in (arrived, scratch):
-            agent.register(span)
+        agent.register(scratch)
         self._side = ReaderSide(
             agent=agent,
             memory=memory,
             clock=self._clock,
             deadline_s=self._deadline_s,
             blocks=agent.prepare(None, data, block_bytes),
-            words=agent.prepare(None, arrived, WORD_BYTES),
-            arrived_words=self._arrived_words,
+            landings=Landings(agent),
             scratch=agent.prepare(None, scratch, block_bytes),
             scratch_blocks=self._scratch_blocks,
             fly=self._fly,

@@ -7,13 +7,16 @@ TransferErrors. An agent is not thread-safe: one thread makes it, uses it and cl
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from kvrelay_core.errors import ConfigError, TransferError
+
+IndexArray = npt.NDArray[np.int32]
 
 # For this agent's UCX only; a UCX_* variable of the same name wins over each of them.
 _UCX_CONFIG = (
@@ -143,16 +146,13 @@ class NixlAgent:
         self._spans.discard(spans)
         spans.release()
 
-    def post_read(
-        self, local: PreparedSpans, to: Sequence[int], remote: PreparedSpans, of: Sequence[int]
-    ) -> PostedRead:
+    def post_read(self, local: PreparedSpans, to: IndexArray, remote: PreparedSpans, of: IndexArray) -> PostedRead:
         """Part of[i] of `remote` into part to[i] of `local`; neighbours on both sides become one descriptor.
 
         The whole copy happens in this call, without the GIL, where the reader's CPU does it (CMA).
         """
         with _translated("post a read"):
-            local_indices, remote_indices = np.array(to, np.int32), np.array(of, np.int32)
-            handle = self._agent.make_prepped_xfer("READ", local.handle, local_indices, remote.handle, remote_indices)
+            handle = self._agent.make_prepped_xfer("READ", local.handle, to, remote.handle, of)
         read = PostedRead(self, handle, "PROC")
         self._reads.add(read)
         try:

@@ -10,8 +10,8 @@ from msgspec import Struct
 from kvrelay_core.errors import TransferError
 from kvrelay_transfer.connectors.base import PeerInfo
 from kvrelay_transfer.connectors.nixl_agent import MemorySpan
+from kvrelay_transfer.connectors.nixl_words import words_span
 from kvrelay_transfer.embedding_layout import PoolLayout
-from kvrelay_transfer.fence import WORD_BYTES
 
 MAX_ENDPOINT_BYTES = 256 << 10  # a host with 8 network cards needs a few thousand
 MAX_BLOCKS = 1 << 31
@@ -35,7 +35,7 @@ class NixlEndpoint(Struct, frozen=True, array_like=True):
         return MemorySpan(self.data_address, self.num_blocks * block_bytes, self.data_kind, self.data_device)
 
     def words(self) -> MemorySpan:
-        return MemorySpan(self.words_address, self.num_blocks * WORD_BYTES, "DRAM", 0)
+        return words_span(self.words_address, self.num_blocks)
 
 
 def digest_of(metadata: bytes) -> bytes:

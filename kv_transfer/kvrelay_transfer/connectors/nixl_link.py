@@ -8,12 +8,11 @@ of it; that it has failed shows in `error` before.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from kvrelay_core.clock import Clock
 from kvrelay_core.errors import DeadlineError, KvRelayError, TransferError, UnsupportedError
@@ -25,14 +24,17 @@ from kvrelay_transfer.connectors.base import (
     TransferState,
     check_block_range,
 )
-from kvrelay_transfer.connectors.nixl_agent import NixlAgent, PostedRead, PreparedSpans
+from kvrelay_transfer.connectors.nixl_agent import IndexArray, NixlAgent, PostedRead, PreparedSpans
 from kvrelay_transfer.connectors.nixl_endpoint import NixlEndpoint
-from kvrelay_transfer.fence import WORD_BYTES, MemoryFence
+from kvrelay_transfer.connectors.nixl_words import PAGE_BYTES, Landing, Landings, WordPlan
+from kvrelay_transfer.fence import MemoryFence
 from kvrelay_transfer.pool_memory import PoolMemory
 
 
 class Flight(Protocol):
     """Something that NIXL may still be writing for."""
+
+    posted_at_s: float  # by time.perf_counter(), the read that NIXL has
 
     @property
     def is_posted(self) -> bool:
@@ -47,15 +49,14 @@ class Flight(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReaderSide:
-    """Our half of every link. Words land by destination block, so that reads under way do not share a slot."""
+    """Our half of every link."""
 
     agent: NixlAgent
     memory: PoolMemory
     clock: Clock
     deadline_s: float
     blocks: PreparedSpans  # of our pool
-    words: PreparedSpans  # of `arrived_words`
-    arrived_words: npt.NDArray[np.uint64]
+    landings: Landings  # for words
     scratch: PreparedSpans  # room for probes, in parts as large as a block
     scratch_blocks: int
     fly: Callable[[NixlLink, Flight], None]  # has the agent's thread look after it
@@ -85,11 +86,11 @@ class NixlLink(PeerLink):
         try:
             if read.slices is not None:
                 raise UnsupportedError("nixl reads whole blocks only")
-            check_block_range(read.remote_blocks, self._endpoint.num_blocks, "the peer's")
-            check_block_range(read.local_blocks, self.side.memory.num_blocks, "our")
+            remote = _indices(read.remote_blocks, self._endpoint.num_blocks, "the peer's")
+            local = _indices(read.local_blocks, self.side.memory.num_blocks, "our")
         except KvRelayError as error:
             return EndedTransfer(error)
-        transfer = _NixlTransfer(self, read, self.side.clock.now() + self.side.deadline_s)
+        transfer = _NixlTransfer(self, remote, local, self.side.clock.now() + self.side.deadline_s)
         self.side.fly(self, transfer)
         return transfer
 
@@ -104,17 +105,17 @@ class NixlLink(PeerLink):
 
     # ------------------------------------------------------------------------------- on the agent's thread
 
-    def post_blocks(self, read: BlockRead) -> PostedRead:
-        return self.side.agent.post_read(self.side.blocks, read.local_blocks, self._blocks, read.remote_blocks)
+    def post_blocks(self, remote: IndexArray, local: IndexArray) -> PostedRead:
+        return self.side.agent.post_read(self.side.blocks, local, self._blocks, remote)
 
-    def post_words(self, read: BlockRead) -> PostedRead:
-        return self.side.agent.post_read(self.side.words, read.local_blocks, self._words, read.remote_blocks)
+    def plan_words(self, remote: IndexArray) -> WordPlan:
+        return WordPlan.of(remote, self._endpoint.num_blocks)
 
-    def post_null_word(self) -> PostedRead:
-        """The word of the null block, which no read has for its destination."""
-        return self.side.agent.post_read(self.side.words, (0,), self._words, (0,))
+    def post_words(self, pages: IndexArray, landing: Landing) -> PostedRead:
+        """Into the landing's first pages."""
+        return self.side.agent.post_read(landing.pages, _first(len(pages)), self._words, pages)
 
-    def post_probe(self, blocks: range) -> PostedRead:
+    def post_probe(self, blocks: IndexArray) -> PostedRead:
         return self.side.agent.post_read(self.side.scratch, blocks, self._blocks, blocks)
 
     def fail(self, error: TransferError) -> None:
@@ -142,20 +143,32 @@ class NixlLink(PeerLink):
         block_bytes = self.side.memory.layout.block_bytes
         data, words = self._endpoint.data(block_bytes), self._endpoint.words()
         self._blocks = self.side.agent.prepare(self.agent_name, data, block_bytes)
-        self._words = self.side.agent.prepare(self.agent_name, words, WORD_BYTES)
+        self._words = self.side.agent.prepare(self.agent_name, words, PAGE_BYTES)
+
+
+def _indices(blocks: Sequence[int], num_blocks: int, whose: str) -> IndexArray:
+    check_block_range(blocks, num_blocks, whose)
+    return np.fromiter(blocks, np.int32, len(blocks))  # in half the time of np.array()
+
+
+def _first(count: int) -> IndexArray:
+    return np.arange(count, dtype=np.int32)
 
 
 class _NixlTransfer(Transfer):
     """Made by the step loop, run by the agent's thread; the state is stored last: who sees it sees the rest."""
 
-    def __init__(self, link: NixlLink, read: BlockRead, deadline_at_s: float) -> None:
+    def __init__(self, link: NixlLink, remote: IndexArray, local: IndexArray, deadline_at_s: float) -> None:
+        self.posted_at_s = 0.0
         self._link = link
-        self._read = read
+        self._remote = remote
+        self._local = local
         self._deadline_at_s = deadline_at_s
         self._state = TransferState.PENDING
         self._was_aborted = False
         self._posted: PostedRead | None = None
-        self._are_words_posted = False
+        self._plan: WordPlan | None = None
+        self._landing: Landing | None = None  # from when the words are asked for
 
     @property
     def is_posted(self) -> bool:
@@ -175,43 +188,57 @@ class _NixlTransfer(Transfer):
         except TransferError as error:
             self._link.fail(error)
             self.error = self.error or error
-            return self._end_without_data()
+            return self._end()
 
     def tear_down(self) -> None:
         self.error = self.error or TransferError(f"the connection to {self._link.peer_id} was closed")
-        self._end_without_data()
+        self._end()
 
     def _advance(self) -> bool:
         if self._posted is None:
             if self.error is not None:
-                return self._end_without_data()
+                return self._end()
             self._link.renew()
-            self._posted = self._link.post_blocks(self._read)
-        if not self._posted.is_over():
+            self.posted_at_s = time.perf_counter()
+            self._posted = self._link.post_blocks(self._remote, self._local)
+            self._plan = self._link.plan_words(self._remote)  # while the data is on its way
+        if not self._is_over():
             return False
-        if not self._are_words_posted:
+        if self._landing is None:
             self.error = self.error or self._why_unwanted()
             if self.error is not None:
-                return self._end_without_data()
-            self._are_words_posted = True
-            self._posted = self._link.post_words(self._read)
-            if not self._posted.is_over():
+                return self._end()
+            self._post_words()
+            if not self._is_over():
                 return False
-        if self.error is not None:
-            return self._end_without_data()
-        return self._end_with_words()
+        return self._end()
 
-    def _end_with_words(self) -> bool:
+    def _is_over(self) -> bool:
+        return self._posted is None or self._posted.is_over()
+
+    def _post_words(self) -> None:
+        assert self._plan is not None, "made when the blocks were posted"
+        self._landing = self._link.side.landings.take(len(self._plan.pages))
+        self.posted_at_s = time.perf_counter()
+        self._posted = self._link.post_words(self._plan.pages, self._landing)
+
+    def _end(self) -> bool:
+        """DONE with the words, unless there is an error."""
         self._posted = None
+        if self.error is None:
+            self.words = self._arrived_words()
+        if self._landing is not None:
+            self._link.side.landings.give_back(self._landing)
+        if self.error is None:
+            self._state = TransferState.DONE
+        else:
+            self._state = TransferState.TORN_DOWN if self._link.is_closed else TransferState.FAILED
+        return True
+
+    def _arrived_words(self) -> tuple[int, ...]:
+        assert self._plan is not None and self._landing is not None, "the words have been read"
         MemoryFence()()
-        self.words = tuple(self._link.side.arrived_words[list(self._read.local_blocks)].tolist())
-        self._state = TransferState.DONE
-        return True
-
-    def _end_without_data(self) -> bool:
-        self._posted = None
-        self._state = TransferState.TORN_DOWN if self._link.is_closed else TransferState.FAILED
-        return True
+        return tuple(self._landing.words[self._plan.places].tolist())
 
     def _why_unwanted(self) -> KvRelayError | None:
         if self._link.is_closed:
@@ -224,17 +251,22 @@ class _NixlTransfer(Transfer):
 
 
 class _Probe:
-    """Three reads one after another: a word, which connects the pair; a span, which touches its pages; the span again,
+    """Three reads one after another: words, which connects the pair; a span, which touches its pages; the span again,
     which is measured. None of them writes to a block."""
 
     def __init__(self, link: NixlLink, num_blocks: int) -> None:
         """Raises TransferError when the peer cannot be read, as far as that is known before the pair is connected."""
         self._link = link
-        self._blocks = range(min(link.side.scratch_blocks, num_blocks))
+        self._blocks = _first(min(link.side.scratch_blocks, num_blocks))
         self._deadline_at_s = link.side.clock.now() + link.side.deadline_s
         self._passes_left = 2
-        self._posted_at_s = 0.0
-        self._posted = link.post_null_word()
+        self._landing = link.side.landings.take(1)
+        self.posted_at_s = time.perf_counter()
+        try:
+            self._posted = link.post_words(_first(1), self._landing)
+        except TransferError:
+            link.side.landings.give_back(self._landing)
+            raise
         self.is_posted = True
 
     def advance(self) -> bool:
@@ -245,7 +277,7 @@ class _Probe:
                 if self._link.is_closed:
                     return self._end(0.0)
                 self._passes_left -= 1
-                self._posted_at_s = time.perf_counter()
+                self.posted_at_s = time.perf_counter()
                 self._posted = self._link.post_probe(self._blocks)
         except TransferError as error:
             self._link.fail(error)
@@ -259,10 +291,11 @@ class _Probe:
 
     def _gb_per_s(self) -> float:
         size_bytes = len(self._blocks) * self._link.side.memory.layout.block_bytes
-        return size_bytes / (time.perf_counter() - self._posted_at_s) / 1e9
+        return size_bytes / (time.perf_counter() - self.posted_at_s) / 1e9
 
     def _end(self, gb_per_s: float) -> bool:
         self.is_posted = False
+        self._link.side.landings.give_back(self._landing)
         if self._link.gb_per_s is None:
             self._link.gb_per_s = gb_per_s
         return True
