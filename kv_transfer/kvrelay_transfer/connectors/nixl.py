@@ -1,12 +1,13 @@
 """RDMA, and whatever else UCX reads without the source's CPU: READs by NIXL out of the peer's registered pool.
 
 One agent per engine, without NIXL's own progress thread (it spins), owned by one thread of ours: the step loop posts
-jobs to it and looks at states. It looks after reads under way, and answers peers that connect: often while tickets
-are open, now and then while the engine is at rest. The rest of a source's part is the hardware's.
+jobs to it and looks at states. It looks after reads under way, the younger the oftener, and answers peers that connect:
+often while tickets are open, now and then while the engine is at rest. The rest of a source's part is the hardware's.
 """
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import msgspec
@@ -27,7 +28,10 @@ START_TIMEOUT_S = 60.0  # a large pool is locked page by page
 CONNECT_TIMEOUT_S = 5.0
 PROBE_BYTES = 16 << 20
 
-READING_TICK_S = 0.0005
+# A read is looked at again after a hundredth of the time that it has taken so far, within these bounds.
+SHORTEST_READING_TICK_S = 0.00002
+LONGEST_READING_TICK_S = 0.0005
+LOOKS_IN_A_READ = 100
 SERVING_TICK_S = 0.001
 RESTING_TICK_S = 0.1  # peers connect before they have a ticket
 
@@ -162,9 +166,10 @@ class NixlConnector(Connector):
                 self._links.remove(link)
                 link.let_go()
                 self._forget(self._side.agent, link.agent_name)
-        self._side.agent.progress()
-        if any(link.flights for link in self._links):
-            return READING_TICK_S
+        posted_at_s = [flight.posted_at_s for link in self._links for flight in link.flights]
+        if posted_at_s:
+            return _reading_tick_s(time.perf_counter() - max(posted_at_s))
+        self._side.agent.progress()  # which a look at a read makes too
         return SERVING_TICK_S if self._is_serving else RESTING_TICK_S
 
     def _is_reading(self, agent_name: str) -> bool:
@@ -187,6 +192,10 @@ class NixlConnector(Connector):
         side.agent.close()
         for flight in flights:
             flight.tear_down()
+
+
+def _reading_tick_s(age_s: float) -> float:
+    return min(max(age_s / LOOKS_IN_A_READ, SHORTEST_READING_TICK_S), LONGEST_READING_TICK_S)
 
 
 def _nothing() -> None:
