@@ -26,7 +26,7 @@ from kvrelay_transfer.connectors.base import (
 )
 from kvrelay_transfer.connectors.nixl_agent import IndexArray, NixlAgent, PostedRead, PreparedSpans
 from kvrelay_transfer.connectors.nixl_endpoint import NixlEndpoint
-from kvrelay_transfer.connectors.nixl_words import PAGE_BYTES, Landing, Landings, WordPlan
+from kvrelay_transfer.connectors.nixl_words import PAGE_BYTES, Landing, Landings, pages_of
 from kvrelay_transfer.fence import MemoryFence
 from kvrelay_transfer.pool_memory import PoolMemory
 
@@ -108,12 +108,14 @@ class NixlLink(PeerLink):
     def post_blocks(self, remote: IndexArray, local: IndexArray) -> PostedRead:
         return self.side.agent.post_read(self.side.blocks, local, self._blocks, remote)
 
-    def plan_words(self, remote: IndexArray) -> WordPlan:
-        return WordPlan.of(remote, self._endpoint.num_blocks)
+    def pages_of(self, remote: IndexArray) -> IndexArray:
+        return pages_of(remote, self._endpoint.num_blocks)
+
+    def take_landing(self) -> Landing:
+        return self.side.landings.take(self._endpoint.num_blocks)
 
     def post_words(self, pages: IndexArray, landing: Landing) -> PostedRead:
-        """Into the landing's first pages."""
-        return self.side.agent.post_read(landing.pages, _first(len(pages)), self._words, pages)
+        return self.side.agent.post_read(landing.pages, pages, self._words, pages)
 
     def post_probe(self, blocks: IndexArray) -> PostedRead:
         return self.side.agent.post_read(self.side.scratch, blocks, self._blocks, blocks)
@@ -167,7 +169,7 @@ class _NixlTransfer(Transfer):
         self._state = TransferState.PENDING
         self._was_aborted = False
         self._posted: PostedRead | None = None
-        self._plan: WordPlan | None = None
+        self._pages: IndexArray | None = None  # of words, from when the blocks are asked for
         self._landing: Landing | None = None  # from when the words are asked for
 
     @property
@@ -201,7 +203,7 @@ class _NixlTransfer(Transfer):
             self._link.renew()
             self.posted_at_s = time.perf_counter()
             self._posted = self._link.post_blocks(self._remote, self._local)
-            self._plan = self._link.plan_words(self._remote)  # while the data is on its way
+            self._pages = self._link.pages_of(self._remote)  # while the data is on its way
         if not self._is_over():
             return False
         if self._landing is None:
@@ -217,10 +219,10 @@ class _NixlTransfer(Transfer):
         return self._posted is None or self._posted.is_over()
 
     def _post_words(self) -> None:
-        assert self._plan is not None, "made when the blocks were posted"
-        self._landing = self._link.side.landings.take(len(self._plan.pages))
+        assert self._pages is not None, "known since the blocks were posted"
+        self._landing = self._link.take_landing()
         self.posted_at_s = time.perf_counter()
-        self._posted = self._link.post_words(self._plan.pages, self._landing)
+        self._posted = self._link.post_words(self._pages, self._landing)
 
     def _end(self) -> bool:
         """DONE with the words, unless there is an error."""
@@ -236,9 +238,9 @@ class _NixlTransfer(Transfer):
         return True
 
     def _arrived_words(self) -> tuple[int, ...]:
-        assert self._plan is not None and self._landing is not None, "the words have been read"
+        assert self._landing is not None, "the words have been read"
         MemoryFence()()
-        return tuple(self._landing.words[self._plan.places].tolist())
+        return tuple(self._landing.words[self._remote].tolist())
 
     def _why_unwanted(self) -> KvRelayError | None:
         if self._link.is_closed:
@@ -260,7 +262,7 @@ class _Probe:
         self._blocks = _first(min(link.side.scratch_blocks, num_blocks))
         self._deadline_at_s = link.side.clock.now() + link.side.deadline_s
         self._passes_left = 2
-        self._landing = link.side.landings.take(1)
+        self._landing = link.take_landing()
         self.posted_at_s = time.perf_counter()
         try:
             self._posted = link.post_words(_first(1), self._landing)
