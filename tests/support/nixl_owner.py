@@ -16,16 +16,29 @@ from kvrelay_transfer.layout import KvLayout
 
 OWNER = Path(__file__).parent / "pool_owner.py"
 OWNER_BLOCKS, OWNER_FLOATS = 64, 4096
-OWNER_LAYOUT = KvLayout("float32", 1, 1, 4, OWNER_FLOATS // 8, hash_unit_tokens=8)
+
+
+def layout_of(block_floats: int) -> KvLayout:
+    return KvLayout("float32", 1, 1, 4, block_floats // 8, hash_unit_tokens=8)
+
+
+OWNER_LAYOUT = layout_of(OWNER_FLOATS)
 
 
 class OwnerProcess:
     """Block i is full of the float i."""
 
-    def __init__(self, how: str = "nixl", device: str = "cpu") -> None:
+    def __init__(
+        self,
+        how: str = "nixl",
+        device: str = "cpu",
+        num_blocks: int = OWNER_BLOCKS,
+        block_floats: int = OWNER_FLOATS,
+    ) -> None:
         """`how` is "nixl" or "nixl-resting"."""
+        self.layout = layout_of(block_floats)
         self.process = subprocess.Popen(
-            [sys.executable, str(OWNER), how, str(OWNER_BLOCKS), str(OWNER_FLOATS), device],
+            [sys.executable, str(OWNER), how, str(num_blocks), str(block_floats), device],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -33,7 +46,7 @@ class OwnerProcess:
         ready = json.loads(self._read_line())
         self.words = tuple(ready["words"])
         self.offer = ConnectorOffer("nixl", bytes.fromhex(ready["endpoint"]))
-        self.peer = PeerInfo(ADDRESS, bytes.fromhex(ready["epoch"]), MODEL, OWNER_LAYOUT, (self.offer,))
+        self.peer = PeerInfo(ADDRESS, bytes.fromhex(ready["epoch"]), MODEL, self.layout, (self.offer,))
 
     def bump(self, block: int) -> None:
         assert self.process.stdin is not None

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from kvrelay_core.clock import MonotonicClock
 from kvrelay_transfer.connectors.base import Connector
 from kvrelay_transfer.connectors.nixl import NixlConnector
@@ -40,8 +42,9 @@ def connect(where: str, memory: PoolMemory) -> Connector:
 def main(where: str, num_blocks: int, block_floats: int, device: str = "cpu") -> None:
     layout = KvLayout("float32", 1, 1, 4, block_floats // 8, hash_unit_tokens=8)
     memory = PoolMemory.allocate(layout, num_blocks, device, os.urandom(16))
-    for block in range(num_blocks):
-        memory.tensor[block] = float(block)
+    numbers = torch.arange(num_blocks, dtype=torch.float32, device=device)
+    memory.tensor.copy_(numbers.view(-1, 1, 1, 1, 1, 1).expand_as(memory.tensor))
+    assert float(memory.tensor[-1].flatten()[-1]) == num_blocks - 1, "a GPU has filled it by now"
     connector = connect(where, memory)
     offer = connector.offer()
     assert offer is not None
