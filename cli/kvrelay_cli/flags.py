@@ -29,6 +29,7 @@ WORKER_FLAGS = (
     "--prefix-wait",
     "--embedding-mib",
     "--max-patches",
+    "--decode-threads",
 )
 # What `up` hands to the router as it is.
 ROUTER_FLAGS = ("--served-model-name", "--api-key-file", "--placement", "--media-url-hosts")
@@ -120,6 +121,10 @@ def add_worker_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="longest wait for KV that another worker has of a prompt; 0: never (default: as computing it would take)",
     )
+    _add_image_flags(group)
+
+
+def _add_image_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--embedding-mib",
         type=flag_types.integer(1),
@@ -131,6 +136,12 @@ def add_worker_flags(parser: argparse.ArgumentParser) -> None:
         type=flag_types.integer(1),
         metavar="N",
         help="patches of images that an encoder computes in one step (default: what fills the device)",
+    )
+    group.add_argument(
+        "--decode-threads",
+        type=flag_types.integer(1),
+        metavar="N",
+        help="threads that decode images in each encoder (default: half as many as cores, 2 to 8)",
     )
 
 

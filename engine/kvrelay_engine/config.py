@@ -5,6 +5,7 @@ Torch-free, so that services write it and engines read it. Knows flags and files
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Literal
@@ -64,6 +65,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     # images.
     embedding_bytes: int = 256 << 20
     max_patches: int | None = None  # that an encoder computes in one step; an image of more is computed alone
+    decode_threads: int | None = None  # of an encoder, for images
+    decoded_bytes: int = 1 << 30  # that images may take from their decoding to their encoding; a larger one goes alone
 
     @property
     def tokens_per_step(self) -> int:
@@ -78,6 +81,13 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         if self.max_patches is not None:
             return self.max_patches
         return 4096 if self.device == "cpu" else 65536
+
+    @property
+    def num_decode_threads(self) -> int:
+        """`decode_threads`, or one for every second core. Two at least: a small image does not wait for a large one."""
+        if self.decode_threads is not None:
+            return self.decode_threads
+        return max(2, min(8, len(os.sched_getaffinity(0)) // 2))
 
     def validate(self) -> None:
         """Raises ConfigError that names the field and what to change."""
@@ -102,7 +112,15 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             value = getattr(self, name)
             if value < 1 or value & (value - 1):
                 raise ConfigError(f"{name} must be a power of two, not {value}", field=name)
-        for name in ("num_threads", "max_num_seqs", "staging_slots", "embedding_bytes", "patches_per_step"):
+        for name in (
+            "num_threads",
+            "max_num_seqs",
+            "staging_slots",
+            "embedding_bytes",
+            "patches_per_step",
+            "decoded_bytes",
+            "num_decode_threads",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}", field=name)
         for name in ("decode_alone_tokens", "recompute_tokens"):

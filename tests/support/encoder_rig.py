@@ -22,6 +22,7 @@ from kvrelay_core.errors import InvalidRequestError
 from kvrelay_engine import messages
 from kvrelay_engine.embeddings.cache import EmbeddingCache
 from kvrelay_engine.embeddings.source import EmbeddingSource
+from kvrelay_engine.encoder.decoding import Decoding
 from kvrelay_engine.encoder.engine import EncoderEngine
 from kvrelay_engine.encoder_messages import EncodeItem, ItemEncoded
 from kvrelay_engine.engine_identity import EngineIdentity
@@ -63,6 +64,10 @@ class FakeInput:
     def num_tokens(self) -> int:
         return len(self.data)
 
+    @property
+    def num_bytes(self) -> int:
+        return 100 * len(self.data)
+
 
 class FakeTower:
     fingerprint = FINGERPRINT
@@ -72,6 +77,9 @@ class FakeTower:
     def __init__(self) -> None:
         self.batches: list[list[bytes]] = []
         self.poison: bytes | None = None
+
+    def decoding_bytes(self, data: bytes) -> int:
+        return 10 * len(data)
 
     def process(self, data: bytes) -> FakeInput:
         if data.startswith(b"bad"):
@@ -83,6 +91,39 @@ class FakeTower:
         if self.poison in self.batches[-1]:
             raise RuntimeError("the tower broke")
         return [rows_of(one.data) for one in inputs]
+
+
+class FakeDecoder:
+    """Has decoded an item when it is asked, unless the item is one of `held`."""
+
+    def __init__(self, tower: FakeTower) -> None:
+        self._tower = tower
+        self.held: set[bytes] = set()
+        self.submitted: list[Decoding[FakeInput]] = []  # and not ended
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.submitted
+
+    def submit(self, data: bytes) -> Decoding[FakeInput]:
+        self.submitted.append(Decoding(data))
+        return self.submitted[-1]
+
+    def take_finished(self) -> list[Decoding[FakeInput]]:
+        finished = [one for one in self.submitted if not one.is_running and one.data not in self.held]
+        for one in finished:
+            one.is_running = True  # it is not taken twice
+            try:
+                one.result = self._tower.process(one.data)
+            except Exception as error:
+                one.error = error
+        return finished
+
+    def end(self, decoding: Decoding[FakeInput]) -> None:
+        self.submitted.remove(decoding)
+
+    def close(self) -> None:
+        assert not self.submitted
 
 
 class EncoderRig:
@@ -109,7 +150,10 @@ class EncoderRig:
             TicketSigner(secrets.token_bytes(32), self.epoch), config.lease, self.clock, self.events.append,
             staging=self.staging,
         )  # fmt: skip
-        self.engine = EncoderEngine(config, self.tower, self.cache, self.source, self.clock, self.events.append)
+        self.decoder = FakeDecoder(self.tower)
+        self.engine = EncoderEngine(
+            config, self.tower, self.cache, self.source, self.decoder, self.clock, self.events.append
+        )
 
     def ask(self, request_id: int, data: bytes) -> None:
         self.engine.handle(EncodeItem(request_id, hash_of(data), data))
@@ -176,6 +220,7 @@ class EncoderRig:
 
     def close(self) -> None:
         self.engine.close()
+        self.decoder.close()
         self.cache.check_integrity(Counter())
         self.connector.close()
         self.staging.close()

@@ -170,6 +170,7 @@ def _engine_config(args: argparse.Namespace) -> EngineConfig:
         "prefix_wait_s": args.prefix_wait,
         "embedding_bytes": None if args.embedding_mib is None else args.embedding_mib << 20,
         "max_patches": args.max_patches,
+        "decode_threads": args.decode_threads,
     }
     return EngineConfig(
         role=args.role,

@@ -1,15 +1,18 @@
 """The encoder's engine: media items in, tickets out, one batch at a time.
 
-    step = end leases -> decode and batch items under the budget of patches -> encode -> publish -> tickets
+    step = end leases -> batch decoded items under the budget of patches -> encode -> publish -> tickets
 
-An item that is in the cache is answered at once; one that is asked for twice at the same time is encoded once. A bad
-item is an error to those who asked for it, and to nobody else. Items wait for blocks that leases hold, up to
+An item that is in the cache is answered at once; one that is asked for twice at the same time is encoded once. Others
+are decoded beside the loop: those that are ready are encoded in the order of arrival, and wait for none that is not.
+A bad item is an error to those who asked for it, and to nobody else. Items wait for blocks that leases hold, up to
 `reserve_budget_s`. Synchronous and single-threaded, as `kvrelay_engine.engine`; knows no sockets and no models.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
+from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +33,7 @@ from kvrelay_core.request import ErrorInfo
 from kvrelay_engine.config import EngineConfig
 from kvrelay_engine.embeddings.cache import CachedItem, EmbeddingCache
 from kvrelay_engine.embeddings.source import EmbeddingSource
+from kvrelay_engine.encoder.decoding import Decoder, Decoding
 from kvrelay_engine.encoder.tower import MediaInput, Tower
 from kvrelay_engine.encoder_messages import EncodeItem, ItemEncoded
 from kvrelay_engine.messages import (
@@ -56,12 +60,18 @@ MAX_QUEUED_BYTES = 256 << 20
 class _Job:
     """An item that is to be encoded, and who asked for it."""
 
+    number: int  # in order of arrival
     content_hash: bytes
-    data: bytes
+    decoding: Decoding[Any]
+    size_bytes: int  # as received
     waiters: list[int] = field(default_factory=list)
-    decoded: MediaInput | None = None
     blocks: tuple[int, ...] = ()
     waiting_since_s: float | None = None  # for blocks
+
+    @property
+    def decoded(self) -> MediaInput:
+        assert self.decoding.result is not None, "it is ready"
+        return self.decoding.result  # type: ignore[no-any-return]
 
 
 class EncoderEngine:
@@ -71,17 +81,22 @@ class EncoderEngine:
         tower: Tower[Any],
         cache: EmbeddingCache,
         source: EmbeddingSource,
+        decoder: Decoder[Any],
         clock: Clock,
         emit: Callable[[Event], None],
     ) -> None:
         self._tower = tower
         self._cache = cache
         self.source = source
+        self._decoder = decoder
         self._clock = clock
         self._emit = emit
         self._patch_budget = config.patches_per_step
         self._room_budget_s = config.reserve_budget_s
         self._jobs: dict[bytes, _Job] = {}  # by content hash, in order of arrival
+        self._decoding: dict[Decoding[Any], _Job] = {}  # those that are not ready
+        self._ready: list[_Job] = []  # in order of arrival
+        self._numbers = itertools.count()
         self._queued_bytes = 0
         self.is_draining = False  # it was told, for good
         self.num_steps = 0
@@ -122,9 +137,15 @@ class EncoderEngine:
             if self._queued_bytes + len(command.data) > MAX_QUEUED_BYTES:
                 self._fail(command.id, OverloadedError("too many images wait to be encoded; ask another encoder"))
                 return
-            job = self._jobs[command.content_hash] = _Job(command.content_hash, command.data)
-            self._queued_bytes += len(job.data)
+            job = self._begin(command)
         job.waiters.append(command.id)
+
+    def _begin(self, command: EncodeItem) -> _Job:
+        decoding = self._decoder.submit(command.data)
+        job = _Job(next(self._numbers), command.content_hash, decoding, len(command.data))
+        self._jobs[command.content_hash] = self._decoding[decoding] = job
+        self._queued_bytes += job.size_bytes
+        return job
 
     def _forget_waiter(self, request_id: int) -> None:
         for job in list(self._jobs.values()):
@@ -138,20 +159,29 @@ class EncoderEngine:
     def step(self) -> bool:
         """One turn; True if it encoded something."""
         self.source.tick()
+        self._take_decoded()
         batch = self._next_batch()
         if batch:
             self.num_steps += 1
             self._encode(batch)
         return bool(batch)
 
+    def _take_decoded(self) -> None:
+        for decoding in self._decoder.take_finished():
+            job = self._decoding[decoding]
+            if decoding.error is None:
+                del self._decoding[decoding]
+                insort(self._ready, job, key=lambda one: one.number)
+            else:
+                self._end(job, _as_known(decoding.error))
+
     def _next_batch(self) -> list[_Job]:
-        """In order of arrival, as many as the budget allows, at least one; each has its blocks."""
+        """Of those that are ready in order of arrival, as many as the budget allows, at least one; each has its
+        blocks."""
         batch: list[_Job] = []
         num_patches = 0
-        for job in list(self._jobs.values()):
-            decoded = self._decode(job)
-            if decoded is None:
-                continue
+        for job in list(self._ready):
+            decoded = job.decoded
             if batch and num_patches + decoded.num_patches > self._patch_budget:
                 break
             if not self._reserve(job, decoded):
@@ -163,18 +193,6 @@ class EncoderEngine:
             if num_patches >= self._patch_budget:
                 break
         return batch
-
-    def _decode(self, job: _Job) -> MediaInput | None:
-        """None: the item is bad, and whoever asked for it was told."""
-        if job.decoded is None:
-            try:
-                job.decoded = self._tower.process(job.data)
-            except KvRelayError as error:
-                self._end(job, error)
-            except Exception as error:
-                logger.exception("an item could not be decoded")
-                self._end(job, InternalError(f"the image could not be decoded: {error!r}"))
-        return job.decoded
 
     def _reserve(self, job: _Job, decoded: MediaInput) -> bool:
         """False: the item waits for room, or was refused."""
@@ -214,7 +232,7 @@ class EncoderEngine:
             self._answer(job, self._cache.publish(job.content_hash, job.blocks, len(rows_of_job)))
 
     def _rows_of(self, batch: list[_Job]) -> list[Tensor]:
-        inputs = [job.decoded for job in batch if job.decoded is not None]
+        inputs = [job.decoded for job in batch]
         rows = self._tower.encode(inputs)
         expected = [(decoded.num_tokens, self._cache.layout.hidden_size) for decoded in inputs]
         if [tuple(one.shape) for one in rows] != expected:
@@ -237,7 +255,10 @@ class EncoderEngine:
 
     def _remove(self, job: _Job) -> None:
         del self._jobs[job.content_hash]
-        self._queued_bytes -= len(job.data)
+        self._queued_bytes -= job.size_bytes
+        if self._decoding.pop(job.decoding, None) is None:
+            self._ready.remove(job)
+        self._decoder.end(job.decoding)
 
     # ------------------------------------------------------------------------------------ load and the end
 
@@ -246,9 +267,13 @@ class EncoderEngine:
         return bool(self._jobs)
 
     @property
+    def is_decoding(self) -> bool:
+        return bool(self._decoding)
+
+    @property
     def is_idle(self) -> bool:
-        """No item waits, and nobody holds one."""
-        return not self._jobs and not self.source.num_leases
+        """No item waits or is decoded, and nobody holds one."""
+        return not self._jobs and not self.source.num_leases and self._decoder.is_idle
 
     def report(self) -> Load:
         pool = self._cache.pool
@@ -269,7 +294,8 @@ class EncoderEngine:
     def check_integrity(self) -> None:
         """Asserts that nobody but the leases holds a block, between two steps."""
         self._cache.check_integrity(self.source.holds())
-        assert self._queued_bytes == sum(len(job.data) for job in self._jobs.values())
+        assert self._queued_bytes == sum(job.size_bytes for job in self._jobs.values())
+        assert len(self._jobs) == len(self._decoding) + len(self._ready)
 
     def _inconsistency(self) -> ErrorInfo | None:
         try:
@@ -284,3 +310,10 @@ class EncoderEngine:
             job.waiters.clear()
             self._end(job, RequestCancelledError("the encoder shuts down"))
         self.source.close()
+
+
+def _as_known(error: Exception) -> KvRelayError:
+    if isinstance(error, KvRelayError):
+        return error
+    logger.error("an item could not be decoded", exc_info=error)
+    return InternalError(f"the image could not be decoded: {error!r}")

@@ -19,6 +19,7 @@ from kvrelay_core.clock import Clock
 from kvrelay_engine.config import EngineConfig
 from kvrelay_engine.embeddings.cache import EmbeddingCache
 from kvrelay_engine.embeddings.source import EmbeddingSource
+from kvrelay_engine.encoder.decode_threads import DecodeThreads
 from kvrelay_engine.encoder.engine import EncoderEngine
 from kvrelay_engine.engine_identity import EngineIdentity
 from kvrelay_engine.handoff_fetches import EmittedFetches
@@ -41,13 +42,16 @@ class StartedEncoder:
 
 
 class ModelTower:
-    """Implements `encoder.tower.Tower` by a loaded model's tower and processor."""
+    """Implements `encoder.tower.Tower` and `Processor` by a loaded model's tower and processor."""
 
     def __init__(self, loaded: LoadedTower) -> None:
         self._loaded = loaded
         self.fingerprint = loaded.fingerprint
         self.hidden_size = loaded.hidden_size
         self.dtype = loaded.dtype
+
+    def decoding_bytes(self, data: bytes) -> int:
+        return self._loaded.processor.decoding_bytes(data)
 
     def process(self, data: bytes) -> ImageInput:
         return self._loaded.processor.process(data)
@@ -90,7 +94,9 @@ def build_encoder(
     source = EmbeddingSource(
         cache, identity, signer, config.lease, clock, emit, staging=staging, connectors=connectors.values()
     )
-    engine = EncoderEngine(config, tower, cache, source, clock, emit)
+    decoder = DecodeThreads(tower, config.num_decode_threads, config.decoded_bytes)
+    stack.callback(decoder.close)
+    engine = EncoderEngine(config, tower, cache, source, decoder, clock, emit)
     offers = (connector.offer() for connector in connectors.values())
     started = Started(
         engine_epoch=epoch,

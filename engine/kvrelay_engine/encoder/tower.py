@@ -21,19 +21,34 @@ class MediaInput(Protocol):
         """Rows that the tower makes of it."""
         ...
 
+    @property
+    def num_bytes(self) -> int:
+        """That it takes in memory."""
+        ...
+
 
 I = TypeVar("I", bound=MediaInput)  # noqa: E741  (an input of one family)
+Made = TypeVar("Made", bound=MediaInput, covariant=True)
+Taken = TypeVar("Taken", bound=MediaInput, contravariant=True)
 
 
-class Tower(Protocol[I]):
+class Processor(Protocol[Made]):
+    """May be called from several threads."""
+
+    def decoding_bytes(self, data: bytes) -> int:
+        """The most that `process` takes, told without decoding. Raises KvRelayError as `process` does."""
+        ...
+
+    def process(self, data: bytes) -> Made:
+        """Decodes an item. Raises InvalidRequestError for what is no image, or too large a one."""
+        ...
+
+
+class Tower(Protocol[Taken]):
     fingerprint: bytes  # of the weights and of what the processor does
     hidden_size: int  # of the text model
     dtype: str  # of the rows
 
-    def process(self, data: bytes) -> I:
-        """Decodes an item. Raises InvalidRequestError for what is no image, or too large a one."""
-        ...
-
-    def encode(self, inputs: Sequence[I]) -> list[Tensor]:
+    def encode(self, inputs: Sequence[Taken]) -> list[Tensor]:
         """Rows [num_tokens, hidden_size] of each; complete when it returns."""
         ...

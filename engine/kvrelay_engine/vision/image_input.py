@@ -18,8 +18,16 @@ class ImageInput:
     num_patches: int  # that the tower computes: its cost
     num_tokens: int  # embeddings that come out
 
+    @property
+    def num_bytes(self) -> int:
+        return self.pixels.nbytes
+
 
 class ImageProcessor(Protocol):
+    def decoding_bytes(self, data: bytes) -> int:
+        """About the most that `process` takes, by the picture's header. Raises InvalidRequestError as it does."""
+        ...
+
     def process(self, data: bytes) -> ImageInput:
         """Decodes a picture and prepares it. Raises InvalidRequestError where it is not one or too large.
 

@@ -72,6 +72,63 @@ def test_an_item_nobody_waits_for_any_more_is_not_encoded(rig: EncoderRig) -> No
     rig.check_empty()
 
 
+def test_what_is_decoded_does_not_wait_for_what_is_not(rig: EncoderRig) -> None:
+    rig.decoder.held = {b"large", b"vast"}
+    for request_id, data in enumerate((b"large", b"one.", b"vast", b"two.")):
+        rig.ask(request_id, data)
+    rig.run()
+    assert rig.tower.batches == [[b"one.", b"two."]] and rig.engine.is_decoding
+    rig.decoder.held = set()
+    rig.run()
+    assert rig.tower.batches[1] == [b"large", b"vast"] and not rig.engine.is_decoding
+
+
+def test_what_is_ready_is_encoded_in_the_order_in_which_it_came(rig: EncoderRig) -> None:
+    rig.decoder.held = {b"one."}
+    held = rig.encode(b"x" * 4 * 36, 9)  # there is no room
+    for request_id, data in enumerate((b"one.", b"two." * 4)):
+        rig.ask(request_id, data)
+    rig.engine.step()
+    rig.decoder.held = set()
+    rig.engine.step()
+    rig.release(held)
+    rig.run()
+    assert rig.tower.batches[1:] == [[b"one."], [b"two." * 4]]
+
+
+def test_an_item_that_is_given_up_while_it_is_decoded_is_not_encoded(rig: EncoderRig) -> None:
+    rig.decoder.held = {b"picture"}
+    rig.ask(1, b"picture")
+    rig.engine.step()
+    rig.engine.handle(messages.Abort(1, "test"))
+    assert rig.decoder.is_idle, "the decoder was told"
+    rig.decoder.held = set()
+    rig.run()
+    assert rig.tower.batches == [] and rig.events == []
+    rig.check_empty()
+
+
+def test_an_item_asked_for_anew_is_decoded_anew(rig: EncoderRig) -> None:
+    rig.decoder.held = {b"picture"}
+    rig.ask(1, b"picture")
+    rig.engine.handle(messages.Abort(1, "test"))
+    rig.ask(2, b"picture")
+    rig.decoder.held = set()
+    rig.run()
+    assert rig.tower.batches == [[b"picture"]] and rig.answer(2).ticket is not None
+
+
+def test_what_a_processor_trips_over_is_an_error_too(rig: EncoderRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trip(data: bytes) -> None:
+        raise ZeroDivisionError("no such thing")
+
+    monkeypatch.setattr(rig.tower, "process", trip)
+    rig.ask(1, b"picture")
+    rig.run()
+    assert rig.error(1) == "InternalError"
+    rig.check_empty()
+
+
 def test_a_bad_item_is_an_error_of_its_own(rig: EncoderRig) -> None:
     rig.ask(1, b"good")
     rig.ask(2, b"bad")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from kvrelay_core.errors import ConfigError
-from kvrelay_core.media.gemma_vision import crop_boxes
+from kvrelay_core.media.gemma_vision import crop_boxes, num_views
 from kvrelay_core.media.limits import MediaLimits
 from kvrelay_core.media.processor_config import GemmaProcessorConfig, ProcessorConfig
 from kvrelay_engine.vision.gemma3.config import GemmaVisionConfig
-from kvrelay_engine.vision.image_decoding import decode_image
+from kvrelay_engine.vision.image_decoding import decode_image, decoding_bytes
 from kvrelay_engine.vision.image_input import ImageInput
 from kvrelay_engine.vision.pixels import PixelScaler
 
@@ -24,6 +24,12 @@ class GemmaImageProcessor:
         self._patches_per_view = patches_per_view
         self._limits = limits
         self._scale_pixels = PixelScaler(config.pixels)
+
+    def decoding_bytes(self, data: bytes) -> int:
+        """See `ImageProcessor.decoding_bytes`."""
+        header, num_bytes = decoding_bytes(data, self._limits)
+        view_bytes = self._config.width * self._config.height * 3 * 4
+        return num_bytes + 2 * view_bytes * num_views(header.width, header.height, self._config)
 
     def process(self, data: bytes) -> ImageInput:
         """See `ImageProcessor.process`."""
