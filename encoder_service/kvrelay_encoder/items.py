@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Sequence
 
 from kvrelay_core.error_info import error_of
-from kvrelay_core.errors import KvRelayError
+from kvrelay_core.errors import KvRelayError, WorkerLostError
 from kvrelay_core.media.media_hash import media_hash
 from kvrelay_engine.encoder_messages import EncodeItem, ItemEncoded
 from kvrelay_engine.messages import Abort, ReleaseTicket
@@ -27,6 +27,7 @@ class EncodeItems:
         worker.count_live(lambda: len(self._waiting))
         worker.engine.on(ItemEncoded, self._on_encoded)
         worker.engine.on_loss(self.fail_all)
+        worker.engine.on_silence(self._on_silence)
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -34,19 +35,22 @@ class EncodeItems:
     async def encode(self, media: Sequence[bytes]) -> list[EmbeddingTicket]:
         """In the order of `media`. Raises the first item's error, whose metadata `media_index` says which it is."""
         self._worker.check_accepting()
-        ids = [self._send(data) for data in media]
-        futures = [self._waiting[request_id] for request_id in ids]
+        if (silence := self._worker.engine.silence) is not None:
+            raise WorkerLostError(silence.message)
+        futures: dict[int, asyncio.Future[EmbeddingTicket]] = {}  # by id, in the order of the media
         try:
-            await asyncio.wait(futures, return_when=asyncio.FIRST_EXCEPTION)
-            for index, future in enumerate(futures):
+            for data in media:
+                self._send(data, futures)
+            await asyncio.wait(futures.values(), return_when=asyncio.FIRST_EXCEPTION)
+            for index, future in enumerate(futures.values()):
                 if future.done() and (error := future.exception()) is not None:
                     raise _of_item(error, index)
-            return [future.result() for future in futures]
+            return [future.result() for future in futures.values()]
         except BaseException:
-            self._give_up(ids, futures)
+            self._give_up(futures)
             raise
         finally:
-            for request_id in ids:
+            for request_id in futures:
                 self._waiting.pop(request_id, None)
 
     def fail_all(self, error: KvRelayError) -> None:
@@ -54,15 +58,21 @@ class EncodeItems:
             if not future.done():
                 future.set_exception(error)
 
-    def _send(self, data: bytes) -> int:
+    def _on_silence(self, error: KvRelayError) -> None:
+        """Whoever waits had better ask another encoder: this one may not come back. If it does, it hears of it."""
+        for request_id, future in self._waiting.items():
+            if not future.done():
+                self._worker.engine.notify(Abort(request_id, error.message))
+        self.fail_all(WorkerLostError(error.message))
+
+    def _send(self, data: bytes, futures: dict[int, asyncio.Future[EmbeddingTicket]]) -> None:
         request_id = next(self._worker.request_ids)
         fingerprint = self._worker.engine.started.model_fingerprint
         self._worker.engine.send(EncodeItem(request_id, media_hash(data, fingerprint), data))
-        self._waiting[request_id] = asyncio.get_running_loop().create_future()
-        return request_id
+        self._waiting[request_id] = futures[request_id] = asyncio.get_running_loop().create_future()
 
-    def _give_up(self, ids: list[int], futures: list[asyncio.Future[EmbeddingTicket]]) -> None:
-        for request_id, future in zip(ids, futures, strict=True):
+    def _give_up(self, futures: dict[int, asyncio.Future[EmbeddingTicket]]) -> None:
+        for request_id, future in futures.items():
             if not future.done():
                 self._worker.engine.notify(Abort(request_id, "its request is over"))
             elif not future.cancelled() and future.exception() is None:

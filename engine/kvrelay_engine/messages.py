@@ -385,6 +385,10 @@ class Beat(Event, frozen=True):
     is_draining: bool = False
 
 
+class Pulse(Event, frozen=True):
+    """The loop computes, and will beat again: see `pulse`."""
+
+
 class LoadReply(Event, frozen=True):
     call: int
     load: Load
@@ -396,4 +400,5 @@ EngineEvent = (
     | HandedBack | HandoffRelease | StepTokens | ChoiceFinished | FollowAttached | FollowReady | FollowComplete
     | FollowFailed | Released | PeerConnected | PeerFailed | Fetch | FetchAbort | Exported | PrefixTicket
     | PrefixWanted | PrefixPulled | ItemEncoded | EmbeddingRelease | EmbeddingCheck | SlotFree | Beat | LoadReply
+    | Pulse
 )  # fmt: skip

@@ -22,6 +22,7 @@ from kvrelay_core.errors import ConfigError, InternalError, KvRelayError, Worker
 from kvrelay_core.parent_death import parent_death_tie
 from kvrelay_engine.config import EngineConfig, load_config
 from kvrelay_engine.messages import Started, StartFailed
+from kvrelay_engine.pulse import PulseThread
 from kvrelay_engine.service_link import ServiceLink
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,9 @@ def _build(config: EngineConfig, link: ServiceLink, stack: ExitStack) -> tuple[S
         from kvrelay_engine.encoder.loop import EncoderLoop
         from kvrelay_engine.encoder.startup import build_encoder
 
-        encoder = build_encoder(config, clock, link.emit, stack)
+        pulse = PulseThread(link.open_pulse, clock)
+        stack.callback(pulse.close)
+        encoder = build_encoder(config, clock, link.emit, stack, pulse.computing)
         return encoder.started, EncoderLoop(encoder.engine, link, clock).run
     from kvrelay_engine.loop import EngineLoop
     from kvrelay_engine.startup import build_engine

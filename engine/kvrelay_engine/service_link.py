@@ -6,6 +6,7 @@ goes away, `check_service` says so and the engine exits. Knows no message but by
 
 from __future__ import annotations
 
+import contextlib
 import select
 from types import TracebackType
 
@@ -14,9 +15,26 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from kvrelay_core.errors import InternalError, WorkerLostError
-from kvrelay_engine.messages import EngineCommand, Event
+from kvrelay_engine.messages import EngineCommand, Event, Pulse
 
 _LINGER_MS = 1000  # for the last events: why a start failed
+
+
+class ServicePulse:
+    """Implements `pulse.PulseSocket`."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], events_endpoint: str) -> None:
+        self._socket = context.socket(zmq.PUSH)
+        self._socket.linger = 0
+        self._socket.connect(events_endpoint)
+        self._message = msgspec.msgpack.encode(Pulse())
+
+    def pulse(self) -> None:
+        with contextlib.suppress(zmq.Again):  # nobody reads: there will be another one
+            self._socket.send(self._message, zmq.NOBLOCK)
+
+    def close(self) -> None:
+        self._socket.close()
 
 
 class ServiceLink:
@@ -31,6 +49,7 @@ class ServiceLink:
             socket.linger = _LINGER_MS
         self._monitor = self._commands.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECTED)
         self.was_connected = False
+        self._events_endpoint = events_endpoint
         self._commands.connect(commands_endpoint)
         self._events.connect(events_endpoint)
 
@@ -41,6 +60,10 @@ class ServiceLink:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def open_pulse(self) -> ServicePulse:
+        """For a thread beside the one that has the link; to be closed by it, before the link is."""
+        return ServicePulse(self._context, self._events_endpoint)
 
     def emit(self, event: Event) -> None:
         """Never blocks."""

@@ -42,6 +42,7 @@ class EngineLink(ABC):
         self._started: messages.Started | None = None
         self.load = messages.Load()  # as the latest beat told it
         self.loss: KvRelayError | None = None
+        self.silence: KvRelayError | None = None  # it stands still, as far as is known
 
     @abstractmethod
     async def start(self, make_config: Callable[[str, str], EngineConfig], timeout_s: float) -> messages.Started:
@@ -83,7 +84,14 @@ class EngineLink(ABC):
             raise UnavailableError("the engine is still loading its model; try again soon")
         return self._started
 
+    def check_moving(self) -> None:
+        """Raises the error of an engine that is lost, or has stood still for as long as a lease lasts."""
+        error = self.loss or self.silence
+        if error is not None:
+            raise error
+
     def dispatch(self, event: messages.EngineEvent) -> None:
+        self.silence = None
         if isinstance(event, messages.Started):
             self._started = event
         elif isinstance(event, messages.Beat):
@@ -97,7 +105,7 @@ class EngineLink(ABC):
             self.declare_lost(InternalError(f"unexpected {type(error).__name__} at a {name}; see the worker's log"))
 
     def declare_silent(self, silent_s: float) -> None:
-        error = HandoffError(f"the engine of the source has not moved for {silent_s:.1f} s")
+        self.silence = error = HandoffError(f"the engine of the source has not moved for {silent_s:.1f} s")
         log.warning("the engine has not moved for %.1f s; those who wait for it are told", silent_s)
         for handler in self._silence_handlers:
             handler(error)
@@ -120,7 +128,7 @@ class PendingCalls(Generic[T]):
         self._engine = engine
         self._numbers = itertools.count(1)
         self._futures: dict[int, asyncio.Future[T]] = {}
-        engine.on_loss(self._fail_all)
+        engine.on_loss(self.fail_all)
 
     def __len__(self) -> int:
         return len(self._futures)
@@ -144,7 +152,7 @@ class PendingCalls(Generic[T]):
         if future is not None and not future.done():
             future.set_result(value)
 
-    def _fail_all(self, error: KvRelayError) -> None:
+    def fail_all(self, error: KvRelayError) -> None:
         for future in self._futures.values():
             if not future.done():
                 future.set_exception(error)

@@ -30,6 +30,7 @@ class _Pending:
     slots: SlotAllocator
     slot: int
     answer: asyncio.Future[Exported]
+    limit: asyncio.Timeout
 
 
 class Exports:
@@ -48,7 +49,7 @@ class Exports:
         slots = self._worker.slots.exports
         slot = await self._acquire(slots)
         number = next(self._numbers)
-        pending = _Pending(slots, slot, asyncio.get_running_loop().create_future())
+        pending = _Pending(slots, slot, asyncio.get_running_loop().create_future(), asyncio.timeout(self._timeout_s))
         try:
             self._engine.send(Export(number, ticket, group, blocks, slot))
         except KvRelayError:
@@ -63,6 +64,13 @@ class Exports:
             raise error_of(exported.error)
         raise TransferError(f"the engine exported {len(exported.words)} of {len(blocks)} blocks")
 
+    def give_up_waiting(self) -> None:
+        """Ends the waits for the engine. A slot goes back when the engine has answered after all."""
+        now_s = asyncio.get_running_loop().time()
+        for pending in self._pending.values():
+            if not pending.answer.done() and not pending.limit.expired():
+                pending.limit.reschedule(now_s)
+
     async def _acquire(self, slots: SlotAllocator) -> int:
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -72,11 +80,11 @@ class Exports:
 
     async def _await_answer(self, pending: _Pending) -> Exported:
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with pending.limit:
                 return await asyncio.shield(pending.answer)
         except TimeoutError as error:
             self._abandon(pending)
-            raise TransferError(f"the engine did not export within {self._timeout_s:g} s") from error
+            raise TransferError("the engine did not export in time") from error
         except asyncio.CancelledError:
             self._abandon(pending)
             raise

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from kvrelay.v1 import common_pb2, kv_source_pb2_grpc
 from kvrelay.v1 import kv_source_pb2 as pb
 from kvrelay_core.error_info import error_of
-from kvrelay_core.errors import DeadlineError, InvalidRequestError, MismatchError
+from kvrelay_core.errors import DeadlineError, InvalidRequestError, KvRelayError, MismatchError
 from kvrelay_core.hashing import HASH_BYTES
 from kvrelay_core.rpc.wire import attempt_from_wire
 from kvrelay_engine.messages import Released, ReleaseTicket
@@ -46,6 +46,11 @@ class KvSourceServicer(kv_source_pb2_grpc.KvSourceServiceServicer):
         worker.engine.on(Released, lambda released: self._releases.answer(released.call, released))
         self._lookups: PendingCalls[PrefixTicket] = PendingCalls(worker.engine)
         worker.engine.on(PrefixTicket, lambda answer: self._lookups.answer(answer.call, answer))
+
+    def give_up_waiting(self, error: KvRelayError) -> None:
+        """The engine does not move: whoever waits for it to copy blocks or to release a ticket is told so."""
+        self._releases.fail_all(error)
+        self._exports.give_up_waiting()
 
     async def Connect(self, request: pb.ConnectRequest, context: Context) -> pb.ConnectResponse:
         """Raises MismatchError when the reader's pool cannot take our blocks."""

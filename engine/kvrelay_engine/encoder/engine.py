@@ -14,6 +14,7 @@ import itertools
 import logging
 from bisect import insort
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,7 +85,10 @@ class EncoderEngine:
         decoder: Decoder[Any],
         clock: Clock,
         emit: Callable[[Event], None],
+        computing: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
+        """`computing` goes around what may take seconds."""
+        self._computing = computing
         self._tower = tower
         self._cache = cache
         self.source = source
@@ -233,7 +237,8 @@ class EncoderEngine:
 
     def _rows_of(self, batch: list[_Job]) -> list[Tensor]:
         inputs = [job.decoded for job in batch]
-        rows = self._tower.encode(inputs)
+        with self._computing():
+            rows = self._tower.encode(inputs)
         expected = [(decoded.num_tokens, self._cache.layout.hidden_size) for decoded in inputs]
         if [tuple(one.shape) for one in rows] != expected:
             raise InternalError(f"the tower gave rows {[tuple(one.shape) for one in rows]}, expected {expected}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +62,11 @@ class ModelTower:
 
 
 def build_encoder(
-    config: EngineConfig, clock: Clock, emit: Callable[[Event], None], stack: ExitStack
+    config: EngineConfig,
+    clock: Clock,
+    emit: Callable[[Event], None],
+    stack: ExitStack,
+    computing: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> StartedEncoder:
     """What has to be closed at the end is entered into `stack`. Raises ConfigError."""
     torch.set_num_threads(config.num_threads)
@@ -96,7 +100,7 @@ def build_encoder(
     )
     decoder = DecodeThreads(tower, config.num_decode_threads, config.decoded_bytes)
     stack.callback(decoder.close)
-    engine = EncoderEngine(config, tower, cache, source, decoder, clock, emit)
+    engine = EncoderEngine(config, tower, cache, source, decoder, clock, emit, computing)
     offers = (connector.offer() for connector in connectors.values())
     started = Started(
         engine_epoch=epoch,

@@ -21,7 +21,7 @@ from kvrelay_core.media.media_hash import media_hash
 from kvrelay_core.rpc.status import error_from_rpc
 from kvrelay_encoder.role import EncoderRole
 from kvrelay_engine.encoder_messages import EncodeItem, ItemEncoded
-from kvrelay_engine.messages import Abort, Released, ReleaseTicket
+from kvrelay_engine.messages import Abort, Export, Exported, Released, ReleaseTicket
 from kvrelay_transfer.embedding_layout import EmbeddingLayout
 from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.ticket import EmbeddingTicket, LeaseTerms
@@ -140,6 +140,56 @@ async def test_those_who_wait_hear_of_a_lost_engine() -> None:
         await fake.engine.expect(EncodeItem)
         fake.engine.die()
         assert isinstance(await error_of_call(call), WorkerLostError)
+
+
+async def test_those_who_wait_hear_of_an_engine_that_stands_still(fake: Fake) -> None:
+    """So do those who come meanwhile; when it moves again it is asked again, and what it made is given back."""
+    call = encode(fake, request_of(b"x"))
+    command = await fake.engine.expect(EncodeItem)
+    fake.engine.declare_silent(3.0)
+    error = await error_of_call(call)
+    assert isinstance(error, WorkerLostError) and "has not moved for 3.0 s" in error.message
+    assert (await fake.engine.expect(Abort)).id == command.id
+    assert isinstance(await error_of_call(encode(fake, request_of(b"y"))), WorkerLostError)
+    assert len(fake.engine.sent_of(EncodeItem)) == 1
+    fake.engine.dispatch(ItemEncoded(command.id, ticket_for(fake, command)))  # it moves
+    assert (await fake.engine.expect(ReleaseTicket)).ticket == ticket_for(fake, command)
+    again = encode(fake, request_of(b"y"))
+    command = await fake.engine.expect(EncodeItem)
+    fake.engine.dispatch(ItemEncoded(command.id, ticket_for(fake, command)))
+    assert len((await again).tickets) == 1
+
+
+async def test_a_reader_does_not_wait_for_an_engine_that_stands_still(fake: Fake) -> None:
+    stub = kv_source_pb2_grpc.KvSourceServiceStub(fake.channel)
+    ticket = embedding_ticket_to_wire(ticket_for(fake, EncodeItem(1, b"c" * 32, b"")))
+    fetch = kv_source_pb2.FetchRequest(embedding_ticket=ticket, blocks=[1])
+    releasing: Any = stub.Release(kv_source_pb2.ReleaseRequest(embedding_ticket=ticket))
+    fetching: Any = stub.Fetch(fetch)
+    export = await fake.engine.expect(Export)
+    await fake.engine.expect(ReleaseTicket)
+    fake.engine.declare_silent(3.0)
+    assert (await error_of_call(releasing)).reason == "HandoffError"
+    for read in (fetching.read(), stub.Fetch(fetch).read()):
+        assert (await error_of_call(read)).reason in ("TransferError", "HandoffError")
+    fake.engine.dispatch(Exported(export.export, (7,)))  # it moves: the slot is free again
+    await wait_until(lambda: fake.worker.slots.exports.num_taken == 0, "the slot is free")
+
+
+async def test_an_engine_that_takes_no_more_items_leaves_nothing_behind(fake: Fake) -> None:
+    """Its socket fails between two items of one call."""
+    send = fake.engine.send
+
+    def fail_at_the_second(command: Any) -> None:
+        if isinstance(command, EncodeItem) and fake.engine.sent_of(EncodeItem):
+            raise WorkerLostError("the engine takes no commands")
+        send(command)
+
+    fake.engine.send = fail_at_the_second  # type: ignore[method-assign]
+    assert isinstance(await error_of_call(encode(fake, request_of(b"x", b"y"))), WorkerLostError)
+    assert len(fake.role.items) == 0
+    [command] = fake.engine.sent_of(EncodeItem)
+    assert (await fake.engine.expect(Abort)).id == command.id
 
 
 async def test_an_encoder_describes_its_pool(fake: Fake) -> None:
