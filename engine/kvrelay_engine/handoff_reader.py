@@ -32,7 +32,7 @@ from kvrelay_core.errors import (
 from kvrelay_core.request import FirstToken, HandoffTiming
 from kvrelay_engine.block_pool import BlockPool
 from kvrelay_engine.handoff_incoming import Incoming, PostedRead, check_ticket
-from kvrelay_engine.handoff_peers import PeerLinks
+from kvrelay_engine.handoff_peers import ActiveLink, PeerLinks
 from kvrelay_engine.link_health import is_worth_another_try
 from kvrelay_engine.messages import (
     Command,
@@ -50,7 +50,7 @@ from kvrelay_engine.messages import (
 from kvrelay_engine.pull_plan import PullPlan
 from kvrelay_engine.read_room import ReadRoom
 from kvrelay_engine.sequence import Sequence
-from kvrelay_transfer.connectors.base import Connector, ReadWindow, Transfer, TransferState
+from kvrelay_transfer.connectors.base import Connector, Transfer, TransferState
 from kvrelay_transfer.connectors.grpc import GrpcConnector
 from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.quarantine import Quarantine
@@ -304,7 +304,7 @@ class HandoffReader:
             incoming.waiting_since_s = None
             if active.peer.layout != incoming.ticket.layout:
                 raise MismatchError("the ticket is of another KV layout than its source has")
-            max_bytes = self._next_read_bytes(incoming, active.link.window)
+            max_bytes = self._next_read_bytes(incoming, active)
             if max_bytes == 0:
                 break
             end = incoming.plan.read_end(incoming.num_posted, incoming.num_ready, max_bytes)
@@ -314,11 +314,11 @@ class HandoffReader:
         if incoming.reading_since_s is None:
             incoming.note_reading(self._clock.now())
 
-    def _next_read_bytes(self, incoming: Incoming, window: ReadWindow) -> int:
-        peer_id = incoming.ticket.source_address
-        given_up_bytes = self._quarantine.num_blocks_of(peer_id) * self._layout.block_bytes
+    def _next_read_bytes(self, incoming: Incoming, active: ActiveLink) -> int:
+        peer_id = active.peer.peer_id
+        given_up_bytes = self._quarantine.num_blocks_of(peer_id, active.connector) * self._layout.block_bytes
         under_way_bytes = self._under_way_bytes(peer_id)
-        return self._room.next_read_bytes(window, len(incoming.reads), under_way_bytes, given_up_bytes)
+        return self._room.next_read_bytes(active.link.window, len(incoming.reads), under_way_bytes, given_up_bytes)
 
     def _arrive(self, incoming: Incoming) -> HandoffArrived:
         assert incoming.first_tokens is not None and not incoming.reads

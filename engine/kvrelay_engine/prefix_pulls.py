@@ -32,7 +32,7 @@ from kvrelay_engine.pull_plan import PullPlan
 from kvrelay_engine.read_room import ReadRoom
 from kvrelay_engine.sequence import Sequence
 from kvrelay_engine.throughput import Throughput
-from kvrelay_transfer.connectors.base import BlockRead, ReadWindow, Transfer, TransferState, as_blocks
+from kvrelay_transfer.connectors.base import BlockRead, Transfer, TransferState, as_blocks
 from kvrelay_transfer.fence import WordArray, agree
 from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.quarantine import Quarantine
@@ -271,7 +271,7 @@ class PrefixPulls:
             active = self._peers.find(ticket.source_address, ticket.engine_epoch)
             if active is None:
                 return  # the link comes up, or the time runs out
-            max_bytes = self._next_read_bytes(pull, ticket.source_address, active.link.window)
+            max_bytes = self._next_read_bytes(pull, ticket.source_address, active)
             if max_bytes == 0:
                 return
             first = pull.next_read
@@ -281,11 +281,11 @@ class PrefixPulls:
             if pull.reading_since_s is None:
                 pull.reading_since_s = self._clock.now()
 
-    def _next_read_bytes(self, pull: _Pull, peer_id: str, window: ReadWindow) -> int:
+    def _next_read_bytes(self, pull: _Pull, peer_id: str, active: ActiveLink) -> int:
         pulls = [other for other in self._pulls.values() if other.ticket and other.ticket.source_address == peer_id]
         under_way_bytes = sum(read.size_bytes for other in pulls for read in other.reads)
-        given_up_bytes = self._quarantine.num_blocks_of(peer_id) * self._layout.block_bytes
-        return self._room.next_read_bytes(window, len(pull.reads), under_way_bytes, given_up_bytes)
+        given_up_bytes = self._quarantine.num_blocks_of(peer_id, active.connector) * self._layout.block_bytes
+        return self._room.next_read_bytes(active.link.window, len(pull.reads), under_way_bytes, given_up_bytes)
 
     def _post(
         self, pull: _Pull, ticket: KvTicket, plan: PullPlan, pairs: BlockPairs, active: ActiveLink

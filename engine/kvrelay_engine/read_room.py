@@ -11,7 +11,7 @@ from kvrelay_transfer.connectors.base import ReadWindow
 
 class ReadRoom:
     def __init__(self, max_reads: int | None, max_read_bytes: int | None, cap_bytes: int) -> None:
-        """`cap_bytes` of one peer may be in quarantine. Where a limit is None the link's own holds."""
+        """`cap_bytes` of one link may be in quarantine. Where a limit is None the link's own holds."""
         self._max_reads = max_reads
         self._max_read_bytes = max_read_bytes
         self._cap_bytes = cap_bytes

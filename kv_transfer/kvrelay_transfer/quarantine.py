@@ -52,9 +52,8 @@ class Quarantine:
     def num_blocks(self) -> int:
         return sum(len(held.blocks) for held in self._held)
 
-    def num_blocks_of(self, peer_id: str) -> int:
-        """Over all its links."""
-        return sum(len(held.blocks) for held in self._held if held.peer_id == peer_id)
+    def num_blocks_of(self, peer_id: str, connector: str) -> int:
+        return sum(len(held.blocks) for held in self._held if (held.peer_id, held.connector) == (peer_id, connector))
 
     def links_over_cap(self) -> list[tuple[str, str]]:
         """(peer, connector) of links that are to be torn down."""

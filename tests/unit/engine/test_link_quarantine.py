@@ -41,6 +41,9 @@ def test_while_a_torn_link_has_not_ended_the_peer_is_read_over_the_next_connecto
     for request_id in (1, 2):
         ways.reader.abort(request_id)
     assert ways.reader.num_quarantined > 0
+    assert ways.way == "first"  # what hangs fills the cap at most
+    ways.begin(4)  # a single block comes through, and hangs too
+    ways.reader.abort(4)
     ways.connect_again()
     assert ways.way == "second"
     ways.poll()
