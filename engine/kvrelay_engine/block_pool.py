@@ -119,6 +119,10 @@ class BlockPool:
             if key is not None:
                 del self._block_of[key]
 
+    def disown(self, keys: Iterable[bytes]) -> None:
+        """Takes what is cached under these keys out of the prefix cache, whoever made it."""
+        self.unpublish([block for key in keys if (block := self._block_of.get(key)) is not None])
+
     def lookup(self, keys: Sequence[bytes]) -> list[int]:
         """Blocks of the longest cached prefix of `keys`. Pins nothing."""
         found: list[int] = []

@@ -27,7 +27,7 @@ from kvrelay_core.errors import (
 )
 from kvrelay_core.request import FinishReason, FirstToken, Usage
 from kvrelay_engine import messages
-from kvrelay_engine.branching import branch, tokens_to_branch_with
+from kvrelay_engine.branching import Branching, tokens_to_branch_with
 from kvrelay_engine.config import EngineConfig
 from kvrelay_engine.deadlines import Deadlines
 from kvrelay_engine.embeddings.reader import EmbeddingsLost
@@ -44,6 +44,7 @@ from kvrelay_engine.sampler import SampledToken, Sampler
 from kvrelay_engine.sampling_plan import Drawn, plan_draws
 from kvrelay_engine.scheduler import Batch, Scheduler
 from kvrelay_engine.sequence import EngineRequest, Sequence, SequenceState
+from kvrelay_engine.sliding_blocks import make_sliding
 from kvrelay_engine.step_output import StepOutput
 from kvrelay_engine.stop_conditions import finish_reason
 from kvrelay_engine.throughput import Throughput
@@ -58,31 +59,32 @@ class Engine:
         self._emit = parts.emit
         self._runner = parts.runner
         self._synchronize = parts.synchronize
-        self._pool = parts.pool
         self._layout = parts.layout
         self._sampler = Sampler()
         self._throughput = Throughput()
         self._output = StepOutput(parts.emit)
-        self._cache = PrefixCache(parts.pool, parts.layout, parts.identity.model_fingerprint)
+        sliding = make_sliding(config, parts, lambda: self.remote_kv.num_sliding_held)
+        self._cache = PrefixCache(parts.pool, parts.layout, parts.identity.model_fingerprint, sliding)
+        self._branching = Branching(parts, sliding)
         self.source = HandoffSource(
             parts.pool, parts.layout, parts.identity, parts.signer, config.lease, config.max_pinned_share,
-            parts.clock, parts.emit, staging=parts.staging, connectors=parts.connectors.values(),
+            parts.clock, parts.emit, staging=parts.staging, connectors=parts.connectors.values(), sliding=sliding,
         )  # fmt: skip
         self.scheduler = Scheduler(
             config, parts.pool, parts.layout, self._cache, self._throughput, parts.clock, self.source.can_accept,
-            self._give_up_handoff, lambda: self.remote_kv.num_quarantined, parts.media,
+            self._give_up_handoff, lambda: self.remote_kv.num_quarantined, parts.media, sliding,
         )  # fmt: skip
-        self.remote_kv = RemoteKv(config, parts, self._cache, self._throughput, self.scheduler)
+        self.remote_kv = RemoteKv(config, parts, self._cache, self._throughput, self.scheduler, sliding)
         limits = EngineLimits.of(config, parts, self.source.max_pinned_blocks)
         self.max_model_len = limits.max_model_len
-        self._intake = Intake(limits, parts.layout, self._cache)
+        self._intake = Intake(limits, parts.layout, self._cache, sliding)
         self._requests: dict[int, EngineRequest] = {}
         self._deadlines = Deadlines(self._requests)
         self._lost: dict[int, float] = {}  # request -> until when it waits for Resume
         self._num_steps = 0
         self._failed_steps = FailedSteps()
         self.is_draining = False  # it was told, for good
-        self.load = EngineLoad(parts.pool, self.scheduler, self.source, self.remote_kv)
+        self.load = EngineLoad(parts.pool, self.scheduler, self.source, self.remote_kv, sliding)
 
     # ----------------------------------------------------------------------------------------- the loop
 
@@ -119,7 +121,7 @@ class Engine:
         plan = plan_draws(batch)
         drawn = plan.collect(self._sampler.sample(logits_RV, plan.rows) if plan.rows else [])
         self._synchronize()
-        self._pool.complete_step(self._num_steps)
+        self.scheduler.complete_step(self._num_steps)
         return drawn
 
     def _commit(self, batch: Batch, drawn: Drawn) -> None:
@@ -229,8 +231,7 @@ class Engine:
 
     def beat(self) -> None:
         """Tells the service that the loop is alive, what it holds and how far its hand-offs are."""
-        load, pulled = self.load.report(self._num_steps), self.remote_kv.reader.pulled_blocks()
-        self._emit(messages.Beat(load, pulled, self.is_draining))
+        self._emit(messages.Beat(self.load.report(self._num_steps), self.remote_kv.pulled_blocks(), self.is_draining))
 
     @property
     def has_requests(self) -> bool:
@@ -255,11 +256,10 @@ class Engine:
             self._hand_back(request, "preempted, and too long to be computed again here; place the request anew")
         for request in batch.crowded_out:
             self._fail(request, OverloadedError("decoding needs its blocks; offer the ticket to another decode worker"))
-        now_s = self._clock.now()
         for sequence in batch.admitted:
             request = sequence.request
             if request.first_scheduled_s is None:
-                request.first_scheduled_s = now_s
+                request.first_scheduled_s = self._clock.now()
                 if request.is_prefill:
                     ticket = self.source.accept(sequence) if request.handoff else None
                     self._emit(messages.Accepted(request.id, ticket, sequence.num_cached))
@@ -288,7 +288,7 @@ class Engine:
 
     def _branch(self, request: EngineRequest, tokens: Mapping[int, SampledToken]) -> None:
         """The trunk's KV is here. Choices without a token of their own go on with committed ones."""
-        branches = branch(request.trunk, self._pool, self._layout, self._runner.copy_blocks, self._synchronize)
+        branches = self._branching.branch(request.trunk)
         self._drop_unwanted(request)
         for sequence in [one for one in branches if one.choice not in request.unwanted]:
             self.scheduler.start(sequence)
@@ -367,7 +367,7 @@ class Engine:
         logger.error("a step failed", exc_info=error)
         typed = error if isinstance(error, KvRelayError) else InternalError(f"the engine's step failed: {error!r}")
         self._synchronize()  # before blocks are freed that the step may still write to
-        self._pool.complete_step(self._num_steps)
+        self.scheduler.complete_step(self._num_steps)
         for request in {row.sequence.request.id: row.sequence.request for row in batch.rows}.values():
             if self._requests.get(request.id) is request:
                 self._fail(request, typed)
@@ -377,7 +377,7 @@ class Engine:
     def _fail_broken(self, request: EngineRequest) -> None:
         """Its logits are not numbers. Where its KV is not either, nobody else must find it."""
         for sequence in request.sequences:
-            self._pool.unpublish(sequence.blocks)
+            self._cache.disown(sequence)
         self._fail(request, InternalError("the model gave logits that are not numbers; its weights may be damaged"))
 
     def _fail(self, request: EngineRequest, error: KvRelayError) -> None:

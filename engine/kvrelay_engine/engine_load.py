@@ -12,11 +12,20 @@ from kvrelay_engine.handoff_source import HandoffSource
 from kvrelay_engine.messages import Load, LoadReply
 from kvrelay_engine.remote_kv import RemoteKv
 from kvrelay_engine.scheduler import Scheduler
+from kvrelay_engine.sliding_blocks import SlidingBlocks
 
 
 class EngineLoad:
-    def __init__(self, pool: BlockPool, scheduler: Scheduler, source: HandoffSource, remote_kv: RemoteKv) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        scheduler: Scheduler,
+        source: HandoffSource,
+        remote_kv: RemoteKv,
+        sliding: SlidingBlocks | None = None,
+    ) -> None:
         self._pool = pool
+        self._sliding = sliding
         self._scheduler = scheduler
         self._source = source
         self._remote_kv = remote_kv
@@ -33,6 +42,7 @@ class EngineLoad:
             blocks_cached=self._pool.num_cached,
             blocks_pinned=self._source.num_pinned,
             blocks_quarantined=self._remote_kv.num_quarantined,
+            sliding_blocks=0 if self._sliding is None else self._sliding.pool.num_in_use,
             leases=self._source.num_leases,
             transfers=self._remote_kv.num_transfers,
             embedding_blocks=self._remote_kv.media.num_blocks_in_use,
@@ -41,8 +51,8 @@ class EngineLoad:
             handoff_s=self._remote_kv.reader.handoff_s,
             stale_reads=self._remote_kv.stale_reads,
             prefix_blocks_pulled=self._remote_kv.pulls.num_pulled_blocks,
-            failed_reads=self._remote_kv.reader.peers.failed_reads,
-            fallbacks=self._remote_kv.reader.peers.fallbacks,
+            failed_reads=sum(group.peers.failed_reads for group in self._remote_kv.reader.groups),
+            fallbacks=sum(group.peers.fallbacks for group in self._remote_kv.reader.groups),
             links=self._remote_kv.reader.peers.load() + self._remote_kv.media.links(),
             connectors=self._remote_kv.reader.peers.records.totals(),
             expired_leases=self._source.num_expired,
@@ -64,7 +74,11 @@ class EngineLoad:
         self._pool.check_integrity()
         self._remote_kv.media.check_integrity()
         scheduler = self._scheduler
-        assert not any(sequence.blocks for sequence in scheduler.waiting), "a waiting sequence holds blocks"
+        if self._sliding is not None:
+            self._sliding.check_integrity(scheduler.running)
+        assert not any(sequence.blocks or sequence.sliding for sequence in scheduler.waiting), (
+            "a waiting sequence holds blocks"
+        )
         held = Counter(block for sequence in scheduler.running for block in sequence.blocks)
         for block, count in held.items():
             assert self._pool.references(block) >= count, f"block {block} is used by {count} sequences, held by fewer"

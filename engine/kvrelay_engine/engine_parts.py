@@ -9,7 +9,7 @@ from kvrelay_core.clock import Clock
 from kvrelay_engine.block_pool import BlockPool
 from kvrelay_engine.engine_identity import EngineIdentity
 from kvrelay_engine.engine_media import EngineMedia
-from kvrelay_engine.handoff_source import SlotWriter
+from kvrelay_engine.kv_group import KvGroup, SlotWriter
 from kvrelay_engine.messages import Event
 from kvrelay_engine.runner import Runner
 from kvrelay_transfer.connectors.base import Connector
@@ -19,7 +19,10 @@ from kvrelay_transfer.ticket import TicketSigner
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineParts:
-    """What an engine is built from; `synchronize` returns when all work launched on the device is complete."""
+    """What an engine is built from; `synchronize` returns when all work launched on the device is complete.
+
+    `pool`, `layout`, `connectors` and `staging` are those of the full group.
+    """
 
     runner: Runner
     pool: BlockPool
@@ -31,6 +34,7 @@ class EngineParts:
     clock: Clock
     emit: Callable[[Event], None]
     staging: SlotWriter | None = None
+    sliding: KvGroup | None = None  # of the layers that see the last tokens only, where there are both kinds
     device: str = "cpu"  # the kind that the pool is on
     media: EngineMedia = field(default_factory=EngineMedia)
     synchronize: Callable[[], None] = lambda: None

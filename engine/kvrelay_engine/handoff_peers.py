@@ -106,6 +106,11 @@ class PeerLinks:
         except KvRelayError as error:
             self._fail(peer.peer_id, error)
 
+    def refuse(self, peer_id: str, error: KvRelayError) -> None:
+        """The peer has no pool that ours could be read from. Answered by PeerFailed."""
+        self.disconnect(peer_id)
+        self._fail(peer_id, error)
+
     def disconnect(self, peer_id: str) -> None:
         """What is known of its links is kept for a while: it may come back."""
         self._errors.pop(peer_id, None)

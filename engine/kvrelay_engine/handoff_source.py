@@ -16,7 +16,6 @@ import secrets
 from collections.abc import Callable, Collection, Set
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Protocol
 
 from msgspec.structs import replace
 
@@ -33,6 +32,7 @@ from kvrelay_core.errors import (
 from kvrelay_core.request import FirstToken
 from kvrelay_engine.block_pool import BlockPool
 from kvrelay_engine.engine_identity import EngineIdentity
+from kvrelay_engine.kv_group import FULL_GROUP, SLIDING_GROUP, GroupGate, KvGroup, SlotWriter
 from kvrelay_engine.messages import (
     Command,
     Event,
@@ -54,19 +54,14 @@ from kvrelay_engine.messages import (
 from kvrelay_engine.prefix_exports import PrefixExports
 from kvrelay_engine.prefix_messages import LookupPrefix, PrefixTicket
 from kvrelay_engine.sequence import Sequence
-from kvrelay_transfer.connectors.base import Connector
+from kvrelay_engine.sliding_blocks import SlidingBlocks
+from kvrelay_transfer.connectors.base import Connector, ExportGate
 from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.lease import Lease, LeaseEnd, LeaseTable
 from kvrelay_transfer.ticket import GroupBlocks, KvTicket, LeaseTerms, Ticket, TicketSigner
 
 # The slowest connector that a pull is given time for (PROTOCOL B5).
 SLOWEST_PULL_BYTES_PER_S = 0.2e9
-
-
-class SlotWriter(Protocol):
-    """The staging ring, as far as exports need it (`kvrelay_transfer.staging.BlockStaging`)."""
-
-    def copy_out(self, blocks: tuple[int, ...], slot: int) -> None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -76,26 +71,34 @@ class _Handoff:
     request_id: int
     sequence: Sequence
     ticket: KvTicket
-    num_sealed: int  # full blocks, from the start of the ticket
+    num_sealed: int  # full blocks, from the first token on
     first_tokens: tuple[FirstToken, ...] | None = None  # None until complete
-
-    @property
-    def group(self) -> GroupBlocks:
-        return self.ticket.groups[0]
 
     @property
     def num_full_blocks(self) -> int:
         return self.ticket.num_tokens // self.ticket.layout.block_tokens
 
     @property
+    def num_ready(self) -> tuple[int, ...]:
+        """Of each group's blocks in the ticket, those that are sealed."""
+        block_tokens = self.ticket.layout.block_tokens
+        return tuple(max(0, self.num_sealed - group.first_token // block_tokens) for group in self.ticket.groups)
+
+    @property
     def partial(self) -> tuple[GroupBlocks, ...]:
         """The last block of each group, where it is not full."""
-        first = self.num_full_blocks
-        group = self.group
-        if first == len(group.blocks):
+        return tuple(
+            partial
+            for group in self.ticket.groups
+            if (partial := group.behind(self.num_full_blocks, self.ticket.layout.block_tokens))
+        )
+
+    def exportable(self, group: int) -> tuple[int, ...]:
+        """Blocks of the group that may be read now."""
+        if group >= len(self.ticket.groups):
             return ()
-        first_token = first * self.ticket.layout.block_tokens
-        return (GroupBlocks(group.group, first_token, group.blocks[first:], group.words[first:]),)
+        blocks = self.ticket.groups[group].blocks
+        return blocks if self.first_tokens is not None else blocks[: self.num_ready[group]]
 
 
 class HandoffSource:
@@ -112,10 +115,11 @@ class HandoffSource:
         *,
         staging: SlotWriter | None = None,
         connectors: Collection[Connector] = (),
+        sliding: SlidingBlocks | None = None,
     ) -> None:
         """`terms.wall_cap_s` is the least wall cap; long tickets get more. Without `staging` exports fail.
 
-        `connectors` serve while there are tickets.
+        `connectors` serve while there are tickets. The ticket names what `sliding` keeps, too.
         """
         self._pool = pool
         self._layout = layout
@@ -123,10 +127,16 @@ class HandoffSource:
         self._signer = signer
         self._terms = terms
         self._emit = emit
-        self._staging = staging
-        self._connectors = connectors
+        self._sliding = sliding
+        self._groups = [KvGroup(index=FULL_GROUP, pool=pool, layout=layout, staging=staging)]
+        self._gates: list[tuple[Connector, ExportGate]] = [(connector, self) for connector in connectors]
+        if sliding is not None:
+            self._groups.append(sliding.group)
+            self._gates = [(connector, GroupGate(self, FULL_GROUP)) for connector in connectors]
+            gate = GroupGate(self, SLIDING_GROUP)
+            self._gates += [(connector, gate) for connector in sliding.group.connectors.values()]
         self._is_serving = False
-        self._exports = PrefixExports(pool, layout, identity, signer, clock)
+        self._exports = PrefixExports(pool, layout, identity, signer, clock, sliding)
         self._leases = LeaseTable(clock, self._lease_ended)
         self._by_ticket: dict[str, _Handoff] = {}
         self._by_request: dict[int, _Handoff] = {}
@@ -162,6 +172,7 @@ class HandoffSource:
         assert len(sequence.blocks) >= num_blocks, "blocks are reserved before the ticket is issued"
         blocks = tuple(sequence.blocks[:num_blocks])
         words = tuple(self._pool.word(block) for block in blocks)
+        sliding = () if self._sliding is None else (self._sliding.lease(sequence),)
         ticket = self._signer.sign(
             KvTicket(
                 ticket_id=secrets.token_hex(16),
@@ -171,10 +182,11 @@ class HandoffSource:
                 attempt=sequence.request.attempt,
                 model_fingerprint=self._identity.model_fingerprint,
                 layout=self._layout,
-                groups=(GroupBlocks(0, 0, blocks, words),),
+                groups=(GroupBlocks(FULL_GROUP, 0, blocks, words), *sliding),
                 num_tokens=num_tokens,
                 unit_hashes=sequence.chain.cover(sequence.tokens),
                 lease=self._terms_for(num_blocks),
+                more_layouts=tuple(group.layout for group in self._groups[1:]),
             )
         )
         num_cached = min(sequence.num_computed, num_tokens) // self._layout.block_tokens
@@ -292,19 +304,17 @@ class HandoffSource:
         handoff = self._by_ticket.get(ticket.ticket_id)
         if handoff is None:
             raise LeaseExpiredError("the lease of the ticket has ended; prefill again")
-        is_complete = handoff.first_tokens is not None
-        ours = handoff.group
-        exportable = ours.blocks if is_complete else ours.blocks[: handoff.num_sealed]
-        if group != ours.group or not set(blocks) <= set(exportable):
+        if not set(blocks) <= set(handoff.exportable(group)):
             raise TransferError("blocks were asked for that the ticket does not list or that are not sealed yet")
 
     def _copy_out(self, export: Export) -> tuple[int, ...]:
         """Data first, then the words (PROTOCOL A6)."""
         self.check_export(export.ticket, export.group, export.blocks)
-        if self._staging is None:
+        group = self._groups[export.group]
+        if group.staging is None:
             raise TransferError("this engine has no staging ring; it cannot serve Fetch")
-        self._staging.copy_out(export.blocks, export.slot)
-        return tuple(self._pool.word(block) for block in export.blocks)
+        group.staging.copy_out(export.blocks, export.slot)
+        return tuple(group.pool.word(block) for block in export.blocks)
 
     # ------------------------------------------------------------------------------------------ internal
 
@@ -312,11 +322,12 @@ class HandoffSource:
         is_wanted = self._leases.num_leases > 0 or self._exports.is_awaiting
         if is_wanted is not self._is_serving:
             self._is_serving = is_wanted
-            for connector in self._connectors:
-                connector.serve(self if is_wanted else None)
+            for connector, gate in self._gates:
+                connector.serve(gate if is_wanted else None)
 
     def _terms_for(self, num_blocks: int) -> LeaseTerms:
-        pull_s = num_blocks * self._layout.block_bytes / SLOWEST_PULL_BYTES_PER_S
+        block_bytes = sum(group.layout.block_bytes for group in self._groups)
+        pull_s = num_blocks * block_bytes / SLOWEST_PULL_BYTES_PER_S
         return replace(self._terms, wall_cap_s=max(self._terms.wall_cap_s, 4 * pull_s))
 
     def _tell(self, handoff: _Handoff, message: Callable[[_Handoff, int], Event]) -> None:
@@ -325,7 +336,7 @@ class HandoffSource:
             self._emit(message(handoff, lease.follow))
 
     def _ready(self, handoff: _Handoff, follow: int) -> Event:
-        return FollowReady(follow, (handoff.num_sealed,))
+        return FollowReady(follow, handoff.num_ready)
 
     def _complete(self, handoff: _Handoff, follow: int) -> Event:
         assert handoff.first_tokens is not None
@@ -335,6 +346,8 @@ class HandoffSource:
         handoff = self._by_ticket.pop(lease.ticket_id)
         del self._by_request[handoff.request_id]
         self._pool.release(lease.blocks, handoff.sequence.last_step)
+        if self._sliding is not None:
+            self._sliding.end_lease(handoff.sequence, handoff.ticket.groups[SLIDING_GROUP].blocks)
         self.num_expired += reason.is_expiry
         self._serve()
         is_news = reason not in (LeaseEnd.LEFT, LeaseEnd.REQUEST_FAILED)

@@ -17,6 +17,7 @@ from kvrelay_engine.engine_parts import EngineParts
 from kvrelay_engine.messages import Decode, Prefill
 from kvrelay_engine.prefix_cache import PrefixCache
 from kvrelay_engine.sequence import EngineRequest, Sequence
+from kvrelay_engine.sliding_blocks import SlidingBlocks
 from kvrelay_transfer.layout import KvLayout
 
 
@@ -41,10 +42,13 @@ class EngineLimits:
 
 
 class Intake:
-    def __init__(self, limits: EngineLimits, layout: KvLayout, cache: PrefixCache) -> None:
+    def __init__(
+        self, limits: EngineLimits, layout: KvLayout, cache: PrefixCache, sliding: SlidingBlocks | None = None
+    ) -> None:
         self._limits = limits
         self._layout = layout
         self._cache = cache
+        self._sliding = sliding
 
     def build(self, command: Prefill | Decode, now_s: float) -> EngineRequest:
         """Raises InvalidRequestError or PoolExhaustedError for what this engine can never do."""
@@ -84,6 +88,8 @@ class Intake:
         trunk = Sequence(request, generation.choices[0].index, tokens, chain)
         request.sequences = [trunk]
         request.pending_choices = generation.choices
+        if self._sliding is not None:
+            self._sliding.check_fits(trunk)
 
     def _check_tokens(self, generation: Generation) -> None:
         if not generation.prompt:

@@ -53,6 +53,7 @@ class Load(Struct, frozen=True, kw_only=True):
     leases: int = 0
     transfers: int = 0
     embedding_blocks: int = 0  # of prefill's pool of embeddings, held by requests
+    sliding_blocks: int = 0  # in use, of layers with a window; other counts are of those without
     steps: int = 0
     handoff_bytes: int = 0
     handoff_s: float = 0.0

@@ -34,18 +34,25 @@ class LoadedModel:
     fingerprint: bytes
     weight_bytes: int  # on the device
 
-    def kv_layout(self, block_tokens: int, hash_unit_tokens: int) -> KvLayout:
-        """Of a pool that this model can run on."""
-        layout = KvLayout(
-            dtype=self.dtype,
-            num_layers=self.config.num_layers,
-            num_kv_heads=self.config.num_kv_heads,
-            block_tokens=block_tokens,
-            head_dim=self.config.head_dim,
-            hash_unit_tokens=hash_unit_tokens,
+    def kv_layouts(self, block_tokens: int, hash_unit_tokens: int) -> tuple[KvLayout, ...]:
+        """Of the pools that this model runs on, one for each of its KV groups: the layers that see the whole context,
+        then those with a window. Where all layers have a window they are one group without one."""
+        window = self.config.local.window if len(self.config.kv_groups) > 1 and self.config.local else 0
+        layouts = tuple(
+            KvLayout(
+                dtype=self.dtype,
+                num_layers=len(layers),
+                num_kv_heads=self.config.num_kv_heads,
+                block_tokens=block_tokens,
+                head_dim=self.config.head_dim,
+                hash_unit_tokens=hash_unit_tokens,
+                window=window if group else 0,
+            )
+            for group, layers in enumerate(self.config.kv_groups)
         )
-        layout.validate()
-        return layout
+        for layout in layouts:
+            layout.validate()
+        return layouts
 
 
 def read_config(model_dir: Path) -> ModelConfig:

@@ -32,8 +32,9 @@ from kvrelay_engine.load_messages import Load as Load
 from kvrelay_engine.message_kinds import Command as Command
 from kvrelay_engine.message_kinds import Event as Event
 from kvrelay_engine.prefix_messages import LookupPrefix, PrefixFound, PrefixPulled, PrefixTicket, PrefixWanted
-from kvrelay_transfer.connectors.base import ConnectorOffer, PeerInfo
-from kvrelay_transfer.embedding_layout import EmbeddingLayout, PoolLayout
+from kvrelay_engine.start_messages import Started as Started
+from kvrelay_engine.start_messages import StartFailed as StartFailed
+from kvrelay_transfer.connectors.base import PeerInfo
 from kvrelay_transfer.ticket import EmbeddingTicket, GroupBlocks, KvTicket, LeaseTerms, Ticket
 
 
@@ -194,42 +195,6 @@ EngineCommand = (
 )  # fmt: skip
 
 # --------------------------------------------------------------------------------------------- events
-
-
-class Started(Event, frozen=True):
-    """The engine is ready. First message of a start."""
-
-    engine_epoch: bytes
-    model_fingerprint: bytes
-    layout: PoolLayout
-    num_blocks: int
-    max_model_len: int
-    max_num_seqs: int
-    max_batched_tokens: int
-    vocab_size: int
-    offers: tuple[ConnectorOffer, ...]
-    device: str
-    decode_alone_tokens: int
-    staging_fd_path: str  # /proc/<engine pid>/fd/<n> of the staging ring
-    staging_slots: int
-    staging_slot_bytes: int
-    embedding_layout: EmbeddingLayout | None = None  # of a pool that embeddings are read into
-
-    @property
-    def layouts(self) -> tuple[PoolLayout, ...]:
-        """Of every pool here."""
-        return (self.layout,) if self.embedding_layout is None else (self.layout, self.embedding_layout)
-
-    def check_source(self, source: PoolLayout) -> None:
-        """Raises MismatchError unless one of our pools can take blocks of the source's."""
-        if isinstance(source, EmbeddingLayout) and self.embedding_layout is not None:
-            self.embedding_layout.check_compatible(source)
-        else:
-            self.layout.check_compatible(source)
-
-
-class StartFailed(Event, frozen=True):
-    error: ErrorInfo
 
 
 class Queued(Event, frozen=True):

@@ -50,6 +50,14 @@ class ModelConfig:
     activation: str | None = None  # of the MLP's gate; None: silu
     media_see_ahead: bool = False  # the tokens of an image see each other in both directions
 
+    @property
+    def kv_groups(self) -> tuple[tuple[int, ...], ...]:
+        """The layers of each KV group. Local layers are the second one, where there are both kinds."""
+        is_local = self.local.is_local if self.local is not None else (False,) * self.num_layers
+        full = tuple(layer for layer in range(self.num_layers) if not is_local[layer])
+        local = tuple(layer for layer in range(self.num_layers) if is_local[layer])
+        return (full, local) if full and local else (full or local,)
+
     def validate(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
             if getattr(self, name) < 1:

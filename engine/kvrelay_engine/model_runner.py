@@ -20,24 +20,40 @@ from kvrelay_transfer.layout import KvLayout
 
 
 class ModelRunner:
-    def __init__(self, loaded: LoadedModel, pool: Tensor, layout: KvLayout) -> None:
-        """`pool` [num_blocks, layers, 2, K, T, D] has the layout `loaded.kv_layout(...)` and lies on its device."""
-        expected = loaded.kv_layout(layout.block_tokens, layout.hash_unit_tokens)
-        if layout != expected:
-            raise ConfigError(f"the KV pool's layout {layout} does not fit the model, which needs {expected}")
-        assert tuple(pool.shape[1:]) == layout.shape, "the pool is not of its layout"
+    def __init__(self, loaded: LoadedModel, pools: Sequence[Tensor], layouts: Sequence[KvLayout]) -> None:
+        """`pools` [num_blocks, layers, 2, K, T, D], one for each KV group, have the layouts `loaded.kv_layouts(...)`
+        and lie on its device."""
+        first = layouts[0]
+        expected = loaded.kv_layouts(first.block_tokens, first.hash_unit_tokens)
+        if tuple(layouts) != expected:
+            raise ConfigError(f"the KV pools' layouts {layouts} do not fit the model, which needs {expected}")
+        for pool, layout in zip(pools, layouts, strict=True):
+            assert tuple(pool.shape[1:]) == layout.shape, "the pool is not of its layout"
         self.vocab_size = loaded.config.vocab_size
         self._model = loaded.model
-        self._pool = pool
-        self._layer_pools = [pool[:, layer] for layer in range(layout.num_layers)]
-        self._steps = StepBuilder(layout.block_tokens, loaded.device, media_see_ahead=loaded.config.media_see_ahead)
+        self._pools = tuple(pools)
+        self._layer_pools = _by_layer(loaded.config.kv_groups, pools)
+        self._steps = StepBuilder(
+            first.block_tokens,
+            loaded.device,
+            media_see_ahead=loaded.config.media_see_ahead,
+            has_sliding_group=len(layouts) > 1,
+        )
 
     def run(self, batch: Sequence[BatchRow]) -> Tensor:
         """See `runner.Runner.run`."""
         with torch.inference_mode():
             return self._model(self._steps.build(batch), self._layer_pools).float()
 
-    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]], group: int = 0) -> None:
         """See `runner.Runner.copy_blocks`."""
         if pairs:
-            copy_blocks(self._pool, [source for source, _ in pairs], [destination for _, destination in pairs])
+            copy_blocks(self._pools[group], [source for source, _ in pairs], [destination for _, destination in pairs])
+
+
+def _by_layer(groups: Sequence[Sequence[int]], pools: Sequence[Tensor]) -> list[Tensor]:
+    """Each layer's part of its group's pool, [num_blocks, 2, K, T, D]."""
+    of_layer = {
+        layer: pool[:, index] for layers, pool in zip(groups, pools, strict=True) for index, layer in enumerate(layers)
+    }
+    return [of_layer[layer] for layer in sorted(of_layer)]

@@ -16,6 +16,9 @@ from kvrelay_core.hashing import HASH_BYTES
 from kvrelay_core.request import AttemptId
 from kvrelay_engine.block_pool import BlockPool
 from kvrelay_engine.engine_identity import EngineIdentity
+from kvrelay_engine.kv_group import FULL_GROUP
+from kvrelay_engine.prefix_cache import find_hit
+from kvrelay_engine.sliding_blocks import SlidingBlocks
 from kvrelay_transfer.layout import KvLayout, block_keys
 from kvrelay_transfer.ticket import GroupBlocks, KvTicket, LeaseTerms, TicketSigner
 
@@ -26,8 +29,15 @@ NO_LEASE = LeaseTerms(first_follow_s=0.0, beat_s=0.0, missed_beats=0, lost_grace
 
 class PrefixExports:
     def __init__(
-        self, pool: BlockPool, layout: KvLayout, identity: EngineIdentity, signer: TicketSigner, clock: Clock
+        self,
+        pool: BlockPool,
+        layout: KvLayout,
+        identity: EngineIdentity,
+        signer: TicketSigner,
+        clock: Clock,
+        sliding: SlidingBlocks | None = None,
     ) -> None:
+        self._sliding = sliding
         self._pool = pool
         self._layout = layout
         self._identity = identity
@@ -46,9 +56,8 @@ class PrefixExports:
         `unit_hashes`: 32 bytes for each full unit of the reader's tokens, in order. `attempt` is the reader's.
         """
         units = [unit_hashes[start : start + HASH_BYTES] for start in range(0, len(unit_hashes), HASH_BYTES)]
-        blocks_per_hit = self._layout.hit_tokens // self._layout.block_tokens
-        found = self._pool.lookup(block_keys(units, self._layout))
-        blocks = tuple(found[: len(found) // blocks_per_hit * blocks_per_hit])
+        keys = block_keys(units, self._layout)
+        blocks = tuple(find_hit(self._pool, self._layout, self._sliding, keys))
         if not blocks:
             return None
         self._awaited_until_s = self._clock.now() + READ_WINDOW_S
@@ -63,16 +72,20 @@ class PrefixExports:
                 attempt=attempt,
                 model_fingerprint=self._identity.model_fingerprint,
                 layout=self._layout,
-                groups=(GroupBlocks(0, 0, blocks, tuple(map(self._pool.word, blocks))),),
+                groups=self._groups(blocks, keys[: len(blocks)]),
                 num_tokens=num_tokens,
                 unit_hashes=b"".join(units[:num_units]),
                 lease=NO_LEASE,
                 is_pinned=False,
+                more_layouts=() if self._sliding is None else (self._sliding.layout,),
             )
         )
 
+    def _groups(self, blocks: tuple[int, ...], keys: Sequence[bytes]) -> tuple[GroupBlocks, ...]:
+        full = GroupBlocks(FULL_GROUP, 0, blocks, tuple(map(self._pool.word, blocks)))
+        return (full,) if self._sliding is None else (full, self._sliding.cached(keys))
+
     def check(self, ticket: KvTicket, group: int, blocks: Sequence[int]) -> None:
         """Of a ticket whose signature was verified. Raises TransferError for blocks that it does not list."""
-        ours = ticket.groups[0]
-        if group != ours.group or not set(blocks) <= set(ours.blocks):
+        if group >= len(ticket.groups) or not set(blocks) <= set(ticket.groups[group].blocks):
             raise TransferError("blocks were asked for that the ticket does not list")

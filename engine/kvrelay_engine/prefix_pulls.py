@@ -16,7 +16,6 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
 from msgspec import Struct
 
 from kvrelay_core.clock import Clock
@@ -24,22 +23,24 @@ from kvrelay_core.errors import KvRelayError, MismatchError, StaleTicketError, T
 from kvrelay_core.hashing import HASH_BYTES
 from kvrelay_core.request import HandoffTiming, PrefixHint
 from kvrelay_engine.block_pool import BlockPool
-from kvrelay_engine.handoff_peers import ActiveLink, PeerLinks
+from kvrelay_engine.group_pull import GroupPull, PostedRead
+from kvrelay_engine.handoff_incoming import check_blocks
+from kvrelay_engine.handoff_peers import PeerLinks
+from kvrelay_engine.kv_group import FULL_GROUP, KvGroup
 from kvrelay_engine.message_kinds import Event
 from kvrelay_engine.prefix_cache import PrefixCache
 from kvrelay_engine.prefix_messages import PrefixFound, PrefixPulled, PrefixWanted
 from kvrelay_engine.pull_plan import PullPlan
-from kvrelay_engine.read_room import ReadRoom
+from kvrelay_engine.reader_group import ReaderGroup
 from kvrelay_engine.sequence import Sequence
 from kvrelay_engine.throughput import Throughput
-from kvrelay_transfer.connectors.base import BlockRead, Transfer, TransferState, as_blocks
-from kvrelay_transfer.fence import WordArray, agree
-from kvrelay_transfer.layout import KvLayout
-from kvrelay_transfer.quarantine import Quarantine
-from kvrelay_transfer.slice_plan import BlockPairs
+from kvrelay_transfer.connectors.base import Transfer, TransferState
+from kvrelay_transfer.layout import KvLayout, check_groups
 from kvrelay_transfer.ticket import KvTicket
 
 log = logging.getLogger(__name__)
+
+Reserve = Callable[[int], list[int] | None]
 
 
 class PullLimits(Struct, frozen=True):
@@ -52,31 +53,32 @@ class PullLimits(Struct, frozen=True):
 
 
 @dataclass(slots=True, eq=False)
-class _PostedRead:
-    positions: tuple[int, ...]  # of our blocks that it fills
-    expected_words: WordArray
-    size_bytes: int
-    transfer: Transfer
-    connector: str
-
-
-@dataclass(slots=True, eq=False)
 class _Pull:
     sequence: Sequence
     num_units: int  # hash units asked for
     until_s: float
-    ticket: KvTicket | None = None
-    plan: PullPlan | None = None  # with the ticket
-    keys: list[bytes] = field(default_factory=list)  # of our blocks
-    num_cached: int = 0  # of our blocks, found here when the ticket came
-    blocks: list[int] = field(default_factory=list)  # ours, held: cached ones, then destinations
-    next_read: int = 0  # of the ticket's blocks
-    reads: list[_PostedRead] = field(default_factory=list)
-    num_pulled: int = 0
-    pulled_bytes: int = 0
+    groups: list[GroupPull] = field(default_factory=list)  # with the ticket, of each KV group
+    num_cached: int = 0  # of our blocks of the full group, found here when the ticket came
+    num_pulled: int = 0  # of them
     reading_since_s: float | None = None
-    connector: str = ""
     is_over: bool = False
+
+    @property
+    def num_reads(self) -> int:
+        return sum(len(group.reads) for group in self.groups)
+
+    @property
+    def is_whole(self) -> bool:
+        return bool(self.groups) and all(group.is_whole for group in self.groups)
+
+
+@dataclass(frozen=True, slots=True)
+class SlidingPulls:
+    """What pulls need of the sliding group: `reserve(n)` takes n blocks that nobody waits for, or none."""
+
+    group: KvGroup
+    peers: PeerLinks
+    reserve: Reserve
 
 
 class PrefixPulls:
@@ -89,25 +91,25 @@ class PrefixPulls:
         throughput: Throughput,
         clock: Clock,
         emit: Callable[[Event], None],
-        reserve: Callable[[int], list[int] | None],
+        reserve: Reserve,
         *,
         model_fingerprint: bytes,
         limits: PullLimits | None = None,
+        sliding: SlidingPulls | None = None,
     ) -> None:
         """`reserve(n)` takes n blocks that nobody waits for, or none."""
-        self._pool = pool
         self._layout = layout
         self._cache = cache
-        self._peers = peers
         self._throughput = throughput
         self._clock = clock
         self._emit = emit
-        self._reserve = reserve
         self._model_fingerprint = model_fingerprint
         self._limits = limits or PullLimits()
-        max_quarantined = int(self._limits.max_quarantined_share * pool.num_blocks)
-        self._quarantine = Quarantine(max_quarantined)
-        self._room = ReadRoom(self._limits.max_reads, self._limits.max_read_bytes, max_quarantined * layout.block_bytes)
+        parts = [(KvGroup(index=FULL_GROUP, pool=pool, layout=layout), peers, reserve)]
+        if sliding is not None:
+            parts.append((sliding.group, sliding.peers, sliding.reserve))
+        self._groups = [ReaderGroup(group, links, self._limits) for group, links, _ in parts]
+        self._reserves = [reserve_of_group for _, _, reserve_of_group in parts]
         self._pulls: dict[int, _Pull] = {}
         self.num_pulled_blocks = 0
         self.stale_reads = 0
@@ -116,20 +118,27 @@ class PrefixPulls:
 
     @property
     def num_transfers(self) -> int:
-        return sum(len(pull.reads) for pull in self._pulls.values()) + self._quarantine.num_transfers
+        num_reads = sum(pull.num_reads for pull in self._pulls.values())
+        return num_reads + sum(group.quarantine.num_transfers for group in self._groups)
 
     @property
     def num_quarantined(self) -> int:
-        return self._quarantine.num_blocks
+        """Blocks of the full group."""
+        return self._groups[FULL_GROUP].quarantine.num_blocks
+
+    def num_held(self, group: int) -> int:
+        """Blocks of the group that pulls hold, those of reads that were given up included."""
+        num_pulling = sum(pull.groups[group].num_held for pull in self._pulls.values() if pull.groups)
+        return num_pulling + self._groups[group].quarantine.num_blocks
 
     def transfers(self) -> Iterator[Transfer]:
         """That a pull waits for."""
-        return (read.transfer for pull in self._pulls.values() for read in pull.reads)
+        return (read.transfer for pull in self._pulls.values() for part in pull.groups for read in part.reads)
 
     @property
     def is_busy(self) -> bool:
         """Something is under way, or a wait has to be ended: poll often."""
-        return bool(self._pulls) or self._quarantine.num_transfers > 0
+        return bool(self._pulls) or any(group.quarantine.num_transfers for group in self._groups)
 
     # --------------------------------------------------------------------------------------- begin to end
 
@@ -151,22 +160,23 @@ class PrefixPulls:
     def found(self, message: PrefixFound) -> None:
         """The source's answer; ignored when the pull is over."""
         pull = self._pulls.get(message.id)
-        if pull is None or pull.ticket is not None:
+        if pull is None or pull.groups:
             return
         if message.ticket is None:
             pull.is_over = True
             return
         try:
-            pull.plan = self._plan(message.ticket, pull)
+            groups = self._plan(message.ticket, pull)
         except (MismatchError, UnsupportedError) as error:
             log.warning("a prefix cannot be pulled from %s: %s", message.ticket.source_address, error.message)
             pull.is_over = True
             return
-        self._hold_blocks(pull, message.ticket, pull.plan)
+        self._hold_blocks(pull, groups)
 
     def poll(self) -> list[Sequence]:
         """Never blocks. Returns those whose pull is over, whatever came of it; they hold nothing."""
-        self._collect_quarantine()
+        for group in self._groups:
+            group.collect_quarantine()
         ended = []
         for request_id, pull in list(self._pulls.items()):
             self._advance(pull)
@@ -180,13 +190,8 @@ class PrefixPulls:
         pull = self._pulls.pop(request_id, None)
         if pull is None:
             return
-        posted = {position for read in pull.reads for position in read.positions}
-        self._pool.release(block for position, block in enumerate(pull.blocks) if position not in posted)
-        for read in pull.reads:
-            assert pull.ticket is not None
-            blocks = [pull.blocks[position] for position in read.positions]
-            self._quarantine.add(pull.ticket.source_address, read.connector, read.transfer, blocks)
-        self._collect_quarantine()
+        for group, part in zip(self._groups, pull.groups, strict=False):
+            group.drop(part, kept=0)
         self._emit(PrefixPulled(request_id, self._timing(pull)))
 
     # ------------------------------------------------------------------------------------------ internal
@@ -198,13 +203,13 @@ class PrefixPulls:
         compute_s = self._throughput.seconds_for(num_tokens) or limits.max_wait_s
         return min(max(compute_s, limits.min_wait_s), limits.max_wait_s)
 
-    def _plan(self, ticket: KvTicket, pull: _Pull) -> PullPlan:
+    def _plan(self, ticket: KvTicket, pull: _Pull) -> list[GroupPull]:
         """What of the ticket fills whole hits of ours.
 
         Raises MismatchError unless it is for a prefix of what was asked for, UnsupportedError for a source of several
-        ranks.
+        ranks, and for one whose last tokens would not be a hit here but have what the sliding group needs.
         """
-        self._layout.check_compatible(ticket.layout)
+        check_groups([group.layout for group in self._groups], ticket.layouts)
         if ticket.model_fingerprint != self._model_fingerprint:
             raise MismatchError("the ticket is for another model or other weights")
         asked = b"".join(pull.sequence.chain.unit_hashes[: pull.num_units])
@@ -212,29 +217,43 @@ class PrefixPulls:
         is_ours = (
             asked.startswith(ticket.unit_hashes) and ticket.num_tokens == num_units * self._layout.hash_unit_tokens
         )
-        group = ticket.groups[0] if len(ticket.groups) == 1 else None
-        num_blocks = ticket.layout.blocks_for(ticket.num_tokens)
-        if not is_ours or group is None or not len(group.blocks) == len(group.words) == num_blocks:
+        if not is_ours:
             raise MismatchError("the ticket is not for the tokens that were asked for")
-        return PullPlan(ticket.layout, self._layout, ticket.num_tokens - ticket.num_tokens % self._layout.hit_tokens)
+        check_blocks(ticket)
+        num_tokens = ticket.num_tokens - ticket.num_tokens % self._layout.hit_tokens
+        if num_tokens < ticket.num_tokens and len(self._groups) > 1:
+            raise UnsupportedError(f"{ticket.num_tokens} tokens of a model with windows do not fill blocks of ours")
+        keys = pull.sequence.chain.keys()
+        plans = [
+            PullPlan(source, group.layout, num_tokens)
+            for group, source in zip(self._groups, ticket.layouts, strict=True)
+        ]
+        return [
+            GroupPull(ticket, blocks, keys[: plan.local_blocks], plan)
+            for blocks, plan in zip(ticket.groups, plans, strict=True)
+        ]
 
-    def _hold_blocks(self, pull: _Pull, ticket: KvTicket, plan: PullPlan) -> None:
-        """Our cached blocks first, so that room for the missing ones is not made at their cost."""
-        keys = pull.sequence.chain.keys()[: plan.local_blocks]
-        cached = self._pool.lookup(keys)
-        self._pool.pin(cached)
-        missing = self._reserve(len(keys) - len(cached)) if len(cached) < len(keys) else None
-        pull.ticket, pull.keys, pull.blocks = ticket, keys, cached + (missing or [])
-        pull.num_cached = len(cached)
-        pull.next_read = plan.source_blocks_in(len(cached))
-        pull.is_over = not missing
+    def _hold_blocks(self, pull: _Pull, parts: list[GroupPull]) -> None:
+        """Our cached blocks first, so that room for the missing ones is not made at their cost; all or nothing."""
+        for group, part, reserve in zip(self._groups, parts, self._reserves, strict=True):
+            keys = part.keys[part.plan.local_first :]
+            cached = group.pool.lookup(keys)
+            group.pool.pin(cached)
+            missing = reserve(len(keys) - len(cached)) if len(cached) < len(keys) else []
+            pull.is_over |= missing is None
+            part.take(cached, missing or [])
+            part.complete()
+        pull.groups = parts
+        pull.num_cached = parts[FULL_GROUP].num_reused
+        pull.is_over |= pull.is_whole
 
     def _advance(self, pull: _Pull) -> None:
         try:
-            self._collect_reads(pull)
-            if pull.ticket is not None and pull.plan is not None and not pull.is_over:
-                self._post_reads(pull, pull.ticket, pull.plan)
-                pull.is_over = pull.next_read == pull.plan.source_blocks and not pull.reads
+            for group, part in zip(self._groups, pull.groups, strict=False):
+                self._collect_reads(pull, group, part)
+                if not pull.is_over:
+                    self._post_reads(pull, group, part)
+            pull.is_over |= pull.is_whole
         except KvRelayError as error:
             log.info("a prefix pull ended early: %s", error.message)
             self.stale_reads += isinstance(error, StaleTicketError)
@@ -242,68 +261,50 @@ class PrefixPulls:
         if self._clock.now() >= pull.until_s:
             pull.is_over = True
 
-    def _collect_reads(self, pull: _Pull) -> None:
-        for read in list(pull.reads):
+    def _collect_reads(self, pull: _Pull, group: ReaderGroup, part: GroupPull) -> None:
+        for read in list(part.reads):
             state = read.transfer.poll()
             if not state.is_terminal:
                 if read.transfer.error is not None:  # it has failed, but is to be quarantined
                     raise read.transfer.error
                 continue
-            pull.reads.remove(read)
+            part.reads.remove(read)
             if state is not TransferState.DONE:
                 raise read.transfer.error or TransferError(f"the read ended as {state.value}")
-            self._take_in(pull, read)
+            self._take_in(pull, group, part, read)
 
-    def _take_in(self, pull: _Pull, read: _PostedRead) -> None:
-        """Compares the words that followed the data with the ticket's (PROTOCOL A6): all or nothing."""
-        if not agree(read.transfer.words, read.expected_words):
-            if pull.ticket is not None:
-                self._peers.records.note_stale(pull.ticket.source_address, read.connector)
-            raise StaleTicketError("blocks of the prefix were reused before they were read; nothing of it is used")
-        for position in read.positions:
-            self._pool.publish(pull.blocks[position], pull.keys[position])
-        pull.num_pulled += len(read.positions)
-        pull.pulled_bytes += read.size_bytes
-        self.num_pulled_blocks += len(read.positions)
+    def _take_in(self, pull: _Pull, group: ReaderGroup, part: GroupPull, read: PostedRead) -> None:
+        try:
+            whole = part.verify(read)
+        except StaleTicketError:
+            group.peers.records.note_stale(read.peer_id, read.connector)
+            raise
+        for block, key in whole:
+            group.pool.publish(block, key)
+        if group.index == FULL_GROUP:
+            pull.num_pulled += len(whole)
+            self.num_pulled_blocks += len(whole)
 
-    def _post_reads(self, pull: _Pull, ticket: KvTicket, plan: PullPlan) -> None:
-        while pull.next_read < plan.source_blocks:
-            active = self._peers.find(ticket.source_address, ticket.engine_epoch)
+    def _post_reads(self, pull: _Pull, group: ReaderGroup, part: GroupPull) -> None:
+        while part.num_posted < part.num_ready:
+            active = group.peers.find(part.ticket.source_address, part.ticket.engine_epoch)
             if active is None:
                 return  # the link comes up, or the time runs out
-            max_bytes = self._next_read_bytes(pull, ticket.source_address, active)
+            under_way_bytes = self._under_way_bytes(part.ticket.source_address, group.index)
+            max_bytes = group.next_read_bytes(part, active, under_way_bytes)
             if max_bytes == 0:
                 return
-            first = pull.next_read
-            end = pull.next_read = plan.read_end(first, plan.source_blocks, max_bytes)
-            pull.reads.append(self._post(pull, ticket, plan, plan.pair(first, end, pull.num_cached), active))
-            pull.connector = active.connector
+            end = part.plan.read_end(part.num_posted, part.num_ready, max_bytes)
+            part.post(end, active.peer.peer_id, active.connector, active.read)
             if pull.reading_since_s is None:
                 pull.reading_since_s = self._clock.now()
 
-    def _next_read_bytes(self, pull: _Pull, peer_id: str, active: ActiveLink) -> int:
-        pulls = [other for other in self._pulls.values() if other.ticket and other.ticket.source_address == peer_id]
-        under_way_bytes = sum(read.size_bytes for other in pulls for read in other.reads)
-        given_up_bytes = self._quarantine.num_blocks_of(peer_id, active.connector) * self._layout.block_bytes
-        return self._room.next_read_bytes(active.link.window, len(pull.reads), under_way_bytes, given_up_bytes)
-
-    def _post(
-        self, pull: _Pull, ticket: KvTicket, plan: PullPlan, pairs: BlockPairs, active: ActiveLink
-    ) -> _PostedRead:
-        group = ticket.groups[0]
-        remote, words = as_blocks(group.blocks)[pairs.remote], np.array(group.words, np.uint64)[pairs.remote]
-        local = as_blocks(pull.blocks)[pairs.local]
-        transfer = active.read(BlockRead(ticket, group.group, remote, local, pairs.slices))
-        return _PostedRead(
-            tuple(dict.fromkeys(pairs.local.tolist())), words, plan.size_bytes(pairs), transfer, active.connector
-        )
+    def _under_way_bytes(self, peer_id: str, group: int) -> int:
+        parts = [pull.groups[group] for pull in self._pulls.values() if pull.groups]
+        return sum(read.size_bytes for part in parts for read in part.reads if read.peer_id == peer_id)
 
     def _timing(self, pull: _Pull) -> HandoffTiming:
         reading_s = 0.0 if pull.reading_since_s is None else self._clock.now() - pull.reading_since_s
-        return HandoffTiming(pull.pulled_bytes, reading_s, pull.num_pulled, pull.num_cached, pull.connector)
-
-    def _collect_quarantine(self) -> None:
-        self._pool.release(self._quarantine.collect())
-        for peer_id, connector in self._quarantine.links_over_cap():
-            self._peers.tear_down(peer_id, connector)
-            self._pool.release(self._quarantine.collect())
+        pulled_bytes = sum(part.pulled_bytes for part in pull.groups)
+        connector = next((part.connector for part in pull.groups if part.connector), "")
+        return HandoffTiming(pulled_bytes, reading_s, pull.num_pulled, pull.num_cached, connector)

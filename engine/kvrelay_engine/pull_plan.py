@@ -2,7 +2,8 @@
 
 Reads, `Ready` and fence words count in blocks of the source; what we reserve, publish and keep counts in ours. A read
 takes whole blocks of both sides (but for the last, partial one), so that each of our blocks belongs to one read and is
-verified with it. Knows positions in token order only: no pool, no connector, no state.
+verified with it. Positions count from token 0 on, also where a group's ticket begins later. Knows positions in token
+order only: no pool, no connector, no state.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from kvrelay_transfer.slice_plan import BlockPairs, RankPlan, plan_ranks
 
 class PullPlan:
     def __init__(self, source: KvLayout, layout: KvLayout, num_tokens: int) -> None:
-        """`layout` is ours. Raises MismatchError for other content, UnsupportedError for a source of several ranks."""
+        """`layout` is ours. Of a group with a window only what the token at `num_tokens` sees.
+
+        Raises MismatchError for other content, UnsupportedError for a source of several ranks.
+        """
         ranks = plan_ranks(source, layout)
         if [plan.source_rank for plan in ranks] != [source.tp_rank]:
             raise UnsupportedError(
@@ -22,7 +26,12 @@ class PullPlan:
             )
         self.num_tokens = num_tokens
         self.source_blocks = source.blocks_for(num_tokens)
+        self.source_first = source.first_block(num_tokens)
         self.local_blocks = layout.blocks_for(num_tokens)
+        self.local_first = layout.first_block(num_tokens)
+        # Where our blocks are larger, nobody sends the first tokens of the first one, and nobody sees them.
+        self.local_whole = layout.blocks_for(self.source_first * source.block_tokens)
+        self.full_local_blocks = num_tokens // layout.block_tokens
         self._rank: RankPlan = ranks[0]
         self._source_tokens, self._local_tokens = source.block_tokens, layout.block_tokens
         self._stride = max(1, layout.block_tokens // source.block_tokens)  # source blocks that fill whole ones of ours
@@ -43,10 +52,12 @@ class PullPlan:
         """Where the read ends that begins at block `first` of the source; `first` itself when it has to wait."""
         strides = max(1, max_bytes // self._stride_bytes)
         end = min(num_ready, first + strides * self._stride)
-        return end if end == self.source_blocks else end - end % self._stride
+        return end if end == self.source_blocks else max(first, end - end % self._stride)
 
     def pair(self, first: int, end: int, num_reused: int) -> BlockPairs:
-        """The pairs of a read of blocks [first, end) of the source; our first `num_reused` blocks are not written."""
+        """The pairs of a read of blocks [first, end) of the source; our first `num_reused` blocks are not written.
+
+        Positions are counted from token 0 on, `num_reused` is at least `local_first`."""
         return self._rank.pair(first, end, self.num_tokens, num_reused * self._local_tokens)
 
     def size_bytes(self, pairs: BlockPairs) -> int:

@@ -16,13 +16,15 @@ from kvrelay_engine.config import EngineConfig
 from kvrelay_engine.embeddings.reader import EmbeddingsLost
 from kvrelay_engine.engine_parts import EngineParts
 from kvrelay_engine.handoff_reader import HandoffArrived, HandoffBroken, HandoffReader, ReaderLimits
+from kvrelay_engine.kv_group import SLIDING_GROUP
 from kvrelay_engine.message_kinds import Command
 from kvrelay_engine.messages import Decode, Prefill, ReleaseReason
 from kvrelay_engine.prefix_cache import PrefixCache
 from kvrelay_engine.prefix_messages import PrefixFound
-from kvrelay_engine.prefix_pulls import PrefixPulls, PullLimits
+from kvrelay_engine.prefix_pulls import PrefixPulls, PullLimits, SlidingPulls
 from kvrelay_engine.scheduler import Scheduler
 from kvrelay_engine.sequence import EngineRequest, Sequence
+from kvrelay_engine.sliding_blocks import SlidingBlocks
 from kvrelay_engine.throughput import Throughput
 from kvrelay_transfer.connectors.base import Transfer
 
@@ -45,6 +47,7 @@ class RemoteKv:
         cache: PrefixCache,
         throughput: Throughput,
         scheduler: Scheduler,
+        sliding: SlidingBlocks | None = None,
     ) -> None:
         fingerprint = parts.identity.model_fingerprint
         self._clock = parts.clock
@@ -55,11 +58,16 @@ class RemoteKv:
         self.reader = HandoffReader(
             parts.pool, parts.layout, parts.connectors, parts.clock, parts.emit, scheduler.reserve_remote,
             model_fingerprint=fingerprint, limits=ReaderLimits(reserve_budget_s=config.reserve_budget_s),
-            device=parts.device,
+            device=parts.device, sliding=parts.sliding,
         )  # fmt: skip
+        sliding_pulls = None
+        if sliding is not None:
+            links = self.reader.groups[SLIDING_GROUP].peers
+            sliding_pulls = SlidingPulls(sliding.group, links, scheduler.reserve_spare_sliding)
         self.pulls = PrefixPulls(
             parts.pool, parts.layout, cache, self.reader.peers, throughput, parts.clock, parts.emit,
             scheduler.reserve_spare, model_fingerprint=fingerprint, limits=PullLimits(wait_s=config.prefix_wait_s),
+            sliding=sliding_pulls,
         )  # fmt: skip
 
     def begin(self, request: EngineRequest, command: Prefill | Decode) -> bool:
@@ -121,9 +129,18 @@ class RemoteKv:
         """Reads that are not terminal, quarantined ones included."""
         return self.reader.num_transfers + self.pulls.num_transfers + self.media.num_transfers
 
+    def pulled_blocks(self) -> dict[int, int]:
+        """Per request id of a hand-off in progress."""
+        return self.reader.pulled_blocks()
+
+    @property
+    def num_sliding_held(self) -> int:
+        """Blocks of the sliding group that belong to reads and to no sequence."""
+        return self.reader.groups[SLIDING_GROUP].quarantine.num_blocks + self.pulls.num_held(SLIDING_GROUP)
+
     @property
     def num_quarantined(self) -> int:
-        """Blocks that only a read given up still owns."""
+        """Blocks of the full group that only a read given up still owns."""
         return self.reader.num_quarantined + self.pulls.num_quarantined
 
     @property

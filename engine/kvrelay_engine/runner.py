@@ -34,6 +34,8 @@ class BatchRow:
     media: Sequence[MediaRows] = ()  # `first` counts from the row's own first token
     # M-RoPE: time, height and width of each token; None: all three are start, start + 1, ...
     positions: tuple[Sequence[int], Sequence[int], Sequence[int]] | None = None
+    # Of layers with a window, where they are a KV group of their own: null where the window of no token reaches.
+    sliding_table: Sequence[int] = ()
 
 
 class Runner(Protocol):
@@ -46,6 +48,6 @@ class Runner(Protocol):
         """
         ...
 
-    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copies whole blocks (source, destination): a fork's partial block."""
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]], group: int = 0) -> None:
+        """Copies whole blocks (source, destination) of a KV group: a fork's partial block."""
         ...

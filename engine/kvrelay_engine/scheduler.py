@@ -10,7 +10,8 @@
 A waiting sequence never holds blocks, so waiting sequences cannot block each other. A newcomer gets all blocks
 of its tokens or none. When a decoding sequence finds no block to grow into, hand-offs that are not here yet give
 way first, then the least urgent running one is preempted: recomputed here if that is cheap, else handed back
-(PROTOCOL C5). Blocks of an accepted ticket are never taken.
+(PROTOCOL C5). Blocks of an accepted ticket are never taken. Of a sliding group a sequence gets a promise with its
+place, and then whatever it needs (`sliding_blocks.py`).
 
 Knows nothing of messages, tickets, sampling or models.
 """
@@ -28,6 +29,7 @@ from kvrelay_engine.engine_media import EngineMedia
 from kvrelay_engine.prefix_cache import PrefixCache
 from kvrelay_engine.runner import BatchRow
 from kvrelay_engine.sequence import EngineRequest, Sequence, SequenceState
+from kvrelay_engine.sliding_blocks import SlidingBlocks
 from kvrelay_engine.step_budget import StepBudget
 from kvrelay_engine.throughput import Throughput
 from kvrelay_transfer.layout import KvLayout
@@ -53,7 +55,8 @@ class ScheduledRow:
     def for_runner(self) -> BatchRow:
         start = self.sequence.num_computed
         tokens = self.sequence.tokens[start : start + self.num_tokens]
-        return BatchRow(tokens, start, self.sequence.blocks, self.wants_logits)
+        sequence = self.sequence
+        return BatchRow(tokens, start, sequence.blocks, self.wants_logits, sliding_table=sequence.sliding)
 
 
 @dataclass(slots=True)
@@ -84,6 +87,7 @@ class Scheduler:
         give_up_handoff: Callable[[Sequence], None],
         num_returning: Callable[[], int],
         media: EngineMedia | None = None,
+        sliding: SlidingBlocks | None = None,
     ) -> None:
         """`give_up_handoff` makes the reader free the blocks of a remote sequence; those under a read are then
         among the `num_returning` blocks that come back by themselves, soon."""
@@ -97,6 +101,7 @@ class Scheduler:
         self._give_up_handoff = give_up_handoff
         self._num_returning = num_returning
         self._media = media or EngineMedia()
+        self._sliding = sliding
         self._step_budget = StepBudget(config.tokens_per_step, config.step_target_s)
         # Dicts as ordered sets.
         self.waiting: dict[Sequence, None] = {}
@@ -136,6 +141,8 @@ class Scheduler:
         """Gives its blocks back; what it computed may still be found in the prefix cache."""
         self._pool.release(sequence.blocks, sequence.last_step)
         sequence.blocks = []
+        if self._sliding is not None:
+            self._sliding.free(sequence)
         sequence.num_computed = 0
         sequence.num_published = 0
 
@@ -158,6 +165,12 @@ class Scheduler:
         """What a step took; the next ones are cut accordingly."""
         self._step_budget.record(num_tokens, seconds)
 
+    def complete_step(self, step: int) -> None:
+        """The given step, and every one before it, will touch no block any more."""
+        self._pool.complete_step(step)
+        if self._sliding is not None:
+            self._sliding.pool.complete_step(step)
+
     def _num_decoding(self) -> int:
         return sum(sequence.num_uncomputed == 1 for sequence in self.running)
 
@@ -176,8 +189,6 @@ class Scheduler:
     def _grow(self, sequence: Sequence, num_tokens: int, batch: Batch) -> bool:
         """Makes the sequence's blocks cover its next tokens; False if it had to give way itself, or to wait."""
         needed = self._layout.blocks_for(sequence.num_computed + num_tokens) - len(sequence.blocks)
-        if needed <= 0:
-            return True
         while needed > self._pool.num_free:
             if needed <= self._pool.num_free + self._num_returning():
                 return False  # sits this step out
@@ -187,7 +198,10 @@ class Scheduler:
             self._preempt(self._least_urgent(batch), batch)
             if sequence.state is not SequenceState.RUNNING:
                 return False
-        sequence.blocks += self._pool.reserve(needed)
+        if needed > 0:
+            sequence.blocks += self._pool.reserve(needed)
+        if self._sliding is not None:
+            self._sliding.grow(sequence, num_tokens)
         return True
 
     def _add_row(self, sequence: Sequence, num_tokens: int, batch: Batch) -> None:
@@ -224,15 +238,18 @@ class Scheduler:
 
     def _hits(self, sequence: Sequence) -> list[int]:
         """Cached blocks that hold the sequence's first tokens, as far as its images allow."""
-        hits, block_tokens = self._cache.match(sequence), self._layout.block_tokens
-        usable = self._media.usable_prefix(sequence, len(hits) * block_tokens, self._layout.hit_tokens)
-        return hits[: usable // block_tokens]
+        unit_tokens = self._layout.hit_tokens
+        return self._cache.match(
+            sequence, lambda num_cached: self._media.usable_prefix(sequence, num_cached, unit_tokens)
+        )
 
     def _take_place(self, sequence: Sequence, hits: list[int], needed: int) -> bool:
         """The cached blocks and the others that it needs; or nothing."""
         num_free = self._pool.num_free - sum(self._pool.references(block) == 0 for block in hits)
         watermark = 0 if sequence.request.is_prefill else self._watermark()
         if needed + watermark > num_free:
+            return False
+        if self._sliding is not None and not self._sliding.take_place(sequence, len(hits) * self._layout.block_tokens):
             return False
         self._pool.pin(hits)
         sequence.blocks = hits + self._pool.reserve(needed)
@@ -247,6 +264,8 @@ class Scheduler:
         has_blocks = num_blocks + self._watermark() <= self._pool.num_free
         if not has_seat or not has_blocks or self._is_overtaking(sequence):
             return None
+        if self._sliding is not None and not self._sliding.expect(sequence):
+            return None
         self._seated.add(sequence)
         return self._pool.reserve(num_blocks)
 
@@ -254,6 +273,12 @@ class Scheduler:
         """Blocks that nobody is short of, for KV that may be of use; None when there are not so many."""
         is_short = self.waiting or num_blocks + self._watermark() > self._pool.num_free
         return None if is_short else self._pool.reserve(num_blocks)
+
+    def reserve_spare_sliding(self, num_blocks: int) -> list[int] | None:
+        """The same of the sliding group."""
+        assert self._sliding is not None
+        is_short = self.waiting or num_blocks > self._sliding.num_unpromised
+        return None if is_short else self._sliding.pool.reserve(num_blocks)
 
     def _is_overtaking(self, sequence: Sequence) -> bool:
         urgency = self._urgency(sequence)

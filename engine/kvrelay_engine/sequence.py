@@ -75,6 +75,8 @@ class Sequence:
     num_published: int = 0  # blocks offered to the prefix cache so far
     num_cached: int = 0  # tokens that came from the prefix cache or a hand-off
     blocks: list[int] = field(default_factory=list)
+    sliding: list[int] = field(default_factory=list)  # of the sliding group, by position; null where none is held
+    num_slid: int = 0  # entries at the start of `sliding` that are null for good
     last_step: int = 0  # last launched step that touches the blocks
     num_recomputes: int = 0  # times that it lost its KV here, preempted or with its hand-off
     finish_reason: FinishReason | None = None

@@ -48,18 +48,22 @@ class MemoryShare(Struct, frozen=True, kw_only=True):
     activations: int  # of the largest step, and of the process itself
 
     def blocks_of(self, layout: KvLayout) -> int:
-        """Blocks of the pool that the rest holds, the null block included.
+        """Blocks of the pool that the rest holds, the null block included. Raises as `bytes_for`."""
+        return self.bytes_for(layout.block_bytes) // layout.block_bytes
+
+    def bytes_for(self, block_bytes: int) -> int:
+        """The rest, for blocks of this size; of several groups, one of each.
 
         Raises ConfigError where not even two fit: the null block and one to use.
         """
         pool = int(self.fraction * self.total) - self.weights - self.activations
-        if pool < 2 * layout.block_bytes:
+        if pool < 2 * block_bytes:
             raise ConfigError(
                 f"memory_fraction {self.fraction:g} of {self.total / GIB:.2f} GiB is "
                 f"{self.fraction * self.total / GIB:.2f} GiB; the weights take {self.weights / GIB:.2f} GiB, "
                 f"runtime and activations {self.activations / GIB:.2f} GiB, which leaves no room for a KV pool (one "
-                f"block is {layout.block_bytes / GIB:.4f} GiB); raise --memory-fraction, give --kv-blocks, or take a "
+                f"block is {block_bytes / GIB:.4f} GiB); raise --memory-fraction, give --kv-blocks, or take a "
                 "smaller model or dtype",
                 field="memory_fraction",
             )
-        return pool // layout.block_bytes
+        return pool

@@ -16,33 +16,22 @@ from pathlib import Path
 import torch
 
 from kvrelay_core.clock import Clock
-from kvrelay_engine.block_pool import BlockPool
 from kvrelay_engine.config import EngineConfig
 from kvrelay_engine.engine import Engine
 from kvrelay_engine.engine_identity import EngineIdentity
 from kvrelay_engine.engine_parts import EngineParts
-from kvrelay_engine.handoff_fetches import EmittedFetches
-from kvrelay_engine.loader import LoadedModel, load_model
+from kvrelay_engine.kv_group import KvGroup
+from kvrelay_engine.kv_startup import StartedKv, build_kv
+from kvrelay_engine.loader import load_model
 from kvrelay_engine.media_startup import build_media
 from kvrelay_engine.messages import Event, Started
 from kvrelay_engine.model_runner import ModelRunner
 from kvrelay_engine.models.layers.linear import linear_for_prompts, linear_for_tokens
-from kvrelay_engine.sizing import MemoryShare, total_bytes
 from kvrelay_engine.warm_up import warm_up
-from kvrelay_transfer.connectors.base import Connector
-from kvrelay_transfer.connectors.registry import create_connectors
-from kvrelay_transfer.layout import ELEMENT_BYTES, KvLayout
-from kvrelay_transfer.pool_memory import PoolMemory
-from kvrelay_transfer.staging import BlockStaging, slot_bytes_for
-from kvrelay_transfer.staging_slots import StagingSlots
+from kvrelay_transfer.connectors.base import ConnectorOffer, PoolOffer
 from kvrelay_transfer.ticket import TicketSigner
 
 logger = logging.getLogger(__name__)
-
-# Of the device's memory, when nothing is said: a CPU's is shared with another worker and everybody else.
-DEFAULT_FRACTION = {"cpu": 0.3, "cuda": 0.85}
-# What a process takes before it has loaded anything: libraries, and on a GPU the context and workspaces.
-RUNTIME_BYTES = {"cpu": 512 << 20, "cuda": 1 << 30}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,28 +52,24 @@ def build_engine(config: EngineConfig, clock: Clock, emit: Callable[[Event], Non
         max_model_len=config.max_model_len,
         make_linear=linear_for_prompts if config.role == "prefill" else linear_for_tokens,
     )
-    layout = loaded.kv_layout(config.block_tokens, config.hash_unit_tokens)
     epoch = secrets.token_bytes(16)
-    memory = PoolMemory.allocate(layout, _count_blocks(config, loaded, layout), config.device, epoch)
-    stack.callback(memory.close)
-    slots = StagingSlots.create(config.staging_slots, slot_bytes_for(layout))
-    stack.callback(slots.close)
-    staging = BlockStaging(memory, slots)
-    stack.callback(staging.close)
-    connectors = _connect(config, memory, staging, clock, emit, stack)
-    media = build_media(config, loaded, slots, clock, emit, stack)
+    kv = build_kv(config, loaded, epoch, clock, emit, stack)
+    full = kv.groups[0]
+    media = build_media(config, loaded, kv.slots, clock, emit, stack)
+    pools = [memory.tensor for memory in kv.memories]
     parts = EngineParts(
-        runner=ModelRunner(loaded, memory.tensor, layout),
-        pool=BlockPool(memory.num_blocks, memory.words),
-        layout=layout,
+        runner=ModelRunner(loaded, pools, [group.layout for group in kv.groups]),
+        pool=full.pool,
+        layout=full.layout,
         max_model_len=loaded.config.max_model_len,
         identity=EngineIdentity(config.worker_id, config.address, epoch, loaded.fingerprint),
         signer=TicketSigner(secrets.token_bytes(32), epoch),
-        connectors=connectors,
+        connectors=full.connectors,
         clock=clock,
         emit=emit,
-        staging=staging,
-        device=memory.device,
+        staging=full.staging,
+        sliding=kv.sliding,
+        device=kv.memories[0].device,
         media=media,
         synchronize=_synchronizer(loaded.device),
     )
@@ -92,14 +77,14 @@ def build_engine(config: EngineConfig, clock: Clock, emit: Callable[[Event], Non
     started_s = clock.now()
     warm_up(
         parts.runner,
-        memory.tensor,
-        block_tokens=layout.block_tokens,
+        pools,
+        block_tokens=full.layout.block_tokens,
         max_tokens=min(config.tokens_per_step, engine.max_model_len),
         max_num_seqs=config.max_num_seqs,
         synchronize=parts.synchronize,
     )
     logger.info("warmed up in %.2f s", clock.now() - started_s)
-    return StartedEngine(engine, _describe(config, engine, parts, slots))
+    return StartedEngine(engine, _describe(config, engine, parts, kv))
 
 
 def _make_current(device: torch.device) -> None:
@@ -108,53 +93,13 @@ def _make_current(device: torch.device) -> None:
         torch.cuda.set_device(device)  # one that does not exist is the loader's to refuse
 
 
-def _count_blocks(config: EngineConfig, loaded: LoadedModel, layout: KvLayout) -> int:
-    """As many as were asked for; else as the worker's share of memory holds, but no more than all seats can use."""
-    if config.kv_blocks is not None:
-        return config.kv_blocks
-    model, device = loaded.config, loaded.device
-    element_bytes = ELEMENT_BYTES[loaded.dtype]
-    share = MemoryShare(
-        fraction=config.memory_fraction or DEFAULT_FRACTION[device.type],
-        total=total_bytes(device),
-        weights=loaded.weight_bytes,
-        activations=RUNTIME_BYTES[device.type]
-        + model.activation_bytes(config.tokens_per_step, config.max_num_seqs, element_bytes),
-    )
-    useful = config.max_num_seqs * layout.blocks_for(model.max_model_len) + 1
-    return min(useful, share.blocks_of(layout))
-
-
-def _connect(
-    config: EngineConfig,
-    memory: PoolMemory,
-    staging: BlockStaging,
-    clock: Clock,
-    emit: Callable[[Event], None],
-    stack: ExitStack,
-) -> dict[str, Connector]:
-    connectors = create_connectors(
-        config.connectors,
-        memory=memory,
-        run_dir=Path(config.run_dir),
-        worker_id=config.worker_id,
-        staging=staging,
-        socket_half=EmittedFetches(emit),
-        clock=clock,
-    )
-    for connector in connectors.values():
-        stack.callback(connector.close)
-    return connectors
-
-
 def _synchronizer(device: torch.device) -> Callable[[], None]:
     if device.type == "cuda":
         return torch.cuda.current_stream(device).synchronize
     return lambda: None
 
 
-def _describe(config: EngineConfig, engine: Engine, parts: EngineParts, slots: StagingSlots) -> Started:
-    offers = (connector.offer() for connector in parts.connectors.values())
+def _describe(config: EngineConfig, engine: Engine, parts: EngineParts, kv: StartedKv) -> Started:
     return Started(
         engine_epoch=parts.identity.engine_epoch,
         model_fingerprint=parts.identity.model_fingerprint,
@@ -164,14 +109,20 @@ def _describe(config: EngineConfig, engine: Engine, parts: EngineParts, slots: S
         max_num_seqs=config.max_num_seqs,
         max_batched_tokens=config.tokens_per_step,
         vocab_size=parts.runner.vocab_size,
-        offers=tuple(offer for offer in offers if offer is not None),
+        offers=offers_of(kv.groups[0]),
+        more_pools=tuple(PoolOffer(group.layout, offers_of(group)) for group in kv.groups[1:]),
         device=device_name(config.device),
         decode_alone_tokens=config.decode_alone_tokens,
-        staging_fd_path=slots.fd_path,
-        staging_slots=slots.num_slots,
-        staging_slot_bytes=slots.slot_bytes,
+        staging_fd_path=kv.slots.fd_path,
+        staging_slots=kv.slots.num_slots,
+        staging_slot_bytes=kv.slots.slot_bytes,
         embedding_layout=parts.media.layout,
     )
+
+
+def offers_of(group: KvGroup) -> tuple[ConnectorOffer, ...]:
+    offers = (connector.offer() for connector in group.connectors.values())
+    return tuple(offer for offer in offers if offer is not None)
 
 
 def device_name(device: str) -> str:

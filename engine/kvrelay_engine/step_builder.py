@@ -1,12 +1,14 @@
 """Lays a ragged batch of token ids and block tables out as the flat tensors that the layers read.
 
 All integers of a step go to the device in two copies, in three where tokens have three positions. It knows nothing
-of models: only the pool's block size.
+of models: only the block size of the pools. Where layers with a window have a pool of their own, their blocks are laid
+out beside those of the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,9 +20,18 @@ from kvrelay_kernels.attention import AttentionBatch
 
 
 class StepBuilder:
-    def __init__(self, block_tokens: int, device: torch.device, *, media_see_ahead: bool = False) -> None:
-        """With `media_see_ahead` the tokens of each of a row's media see all of it: it must come whole."""
+    def __init__(
+        self,
+        block_tokens: int,
+        device: torch.device,
+        *,
+        media_see_ahead: bool = False,
+        has_sliding_group: bool = False,
+    ) -> None:
+        """With `media_see_ahead` the tokens of each of a row's media see all of it: it must come whole. With
+        `has_sliding_group` rows have a sliding table too."""
         self._block_tokens = block_tokens
+        self._has_sliding_group = has_sliding_group
         self._media_see_ahead = media_see_ahead
         self._device = device
 
@@ -40,7 +51,23 @@ class StepBuilder:
         attention = self._attention_batch(batch, query_starts, context_lens)
         logits = None if len(wanted) == num_tokens else LogitsRows(rows_R, attention.last_tokens(wanted))
         positions_3N = self._mrope_positions(batch, query_starts)
-        return ModelStep(token_ids_N, positions_N, slots_N, attention, logits, positions_3N, media)
+        step = ModelStep(token_ids_N, positions_N, slots_N, attention, logits, positions_3N, media)
+        return replace(step, local=self._local_step(batch, step, wanted)) if self._has_sliding_group else step
+
+    def _local_step(self, batch: Sequence[BatchRow], step: ModelStep, wanted: list[int]) -> ModelStep:
+        """The same step in the blocks of the sliding group."""
+        slots = np.empty(step.attention.num_tokens, dtype=np.int64)
+        tables_BM = np.zeros(step.attention.block_tables_BM.shape, dtype=np.int32)
+        for row, first, table_M in zip(batch, step.attention.query_starts, tables_BM, strict=False):
+            end = row.start + len(row.token_ids)
+            width = -(-end // self._block_tokens)
+            table_M[:width] = row.sliding_table[:width]
+            blocks, offsets = np.divmod(np.arange(row.start, end), self._block_tokens)
+            slots[first : first + len(row.token_ids)] = table_M[blocks].astype(np.int64) * self._block_tokens + offsets
+        attention = step.attention.in_blocks(torch.from_numpy(tables_BM).to(self._device, non_blocking=True))
+        logits = step.logits and LogitsRows(step.logits.rows_R, attention.last_tokens(wanted))
+        slots_N = torch.from_numpy(slots).to(self._device, non_blocking=True)
+        return replace(step, slots_N=slots_N, attention=attention, logits=logits)
 
     def _lay_out_tokens(self, batch: Sequence[BatchRow], query_starts: list[int], logits_rows: list[int]) -> Tensor:
         """int64: all token ids, then all positions, all slots, and the rows that want logits."""

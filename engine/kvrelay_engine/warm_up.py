@@ -9,7 +9,7 @@ nobody reads, holds afterwards what it held before.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -29,24 +29,25 @@ _WAYS_TO_SAMPLE = (
 
 def warm_up(
     runner: Runner,
-    pool: torch.Tensor,
+    pools: Sequence[torch.Tensor],
     *,
     block_tokens: int,
     max_tokens: int,
     max_num_seqs: int,
     synchronize: Callable[[], None],
 ) -> None:
-    """`pool` [num_blocks, ...] is the runner's. A prompt is no longer than `max_tokens`, context included."""
-    kept = pool[NULL_BLOCK].clone()
+    """`pools` [num_blocks, ...] are the runner's. A prompt is no longer than `max_tokens`, context included."""
+    kept = [pool[NULL_BLOCK].clone() for pool in pools]
     num_tokens = max(1, min(PROMPT_TOKENS, max_tokens - 1))
     table = [NULL_BLOCK] * (num_tokens // block_tokens + 1)
-    prompt = BatchRow([0] * num_tokens, 0, table, wants_logits=True)
-    decoding = BatchRow([0], num_tokens, table, wants_logits=True)
+    prompt = BatchRow([0] * num_tokens, 0, table, wants_logits=True, sliding_table=table)
+    decoding = BatchRow([0], num_tokens, table, wants_logits=True, sliding_table=table)
     for batch in ([prompt], [decoding], [decoding] * min(NUM_DECODING, max_num_seqs), [decoding, prompt]):
         logits_RV = runner.run(batch)
         for params in _WAYS_TO_SAMPLE:
             Sampler().sample(logits_RV, [_row(index, params) for index in range(len(batch))])
-    pool[NULL_BLOCK].copy_(kept)
+    for pool, block in zip(pools, kept, strict=True):
+        pool[NULL_BLOCK].copy_(block)
     synchronize()
 
 

@@ -6,6 +6,7 @@ same content may cut it differently, into blocks of other sizes and among other 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -25,7 +26,10 @@ def _is_power_of_two(value: int) -> bool:
 
 
 class KvLayout(Struct, frozen=True, array_like=True, tag="kv"):
-    """Descriptor of one KV group's pool on one rank. `num_kv_heads` counts the heads of this rank."""
+    """Descriptor of one KV group's pool on one rank. `num_kv_heads` counts the heads of this rank.
+
+    Layers with a `window` see that many tokens, themselves included; without one (0) they see all.
+    """
 
     dtype: str
     num_layers: int
@@ -35,6 +39,7 @@ class KvLayout(Struct, frozen=True, array_like=True, tag="kv"):
     tp_size: int = 1
     tp_rank: int = 0
     hash_unit_tokens: int = 64
+    window: int = 0
 
     def validate(self) -> None:
         if self.dtype not in ELEMENT_BYTES:
@@ -46,6 +51,8 @@ class KvLayout(Struct, frozen=True, array_like=True, tag="kv"):
             raise ConfigError("num_layers, num_kv_heads and head_dim must be at least 1")
         if not 0 <= self.tp_rank < self.tp_size:
             raise ConfigError(f"there is no rank {self.tp_rank} of {self.tp_size}")
+        if self.window < 0:
+            raise ConfigError(f"a window has at least one token, not {self.window}")
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
@@ -65,8 +72,14 @@ class KvLayout(Struct, frozen=True, array_like=True, tag="kv"):
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_tokens)
 
+    def first_block(self, num_tokens: int) -> int:
+        """The first block that the token at position `num_tokens`, or any behind it, sees."""
+        return max(0, num_tokens - self.window + 1) // self.block_tokens if self.window else 0
+
     def fingerprint(self) -> bytes:
-        return blake3(msgspec.msgpack.encode(self)).digest()
+        """Of a pool without a window it is what it was before there were any: releases share hosts."""
+        fields = msgspec.structs.astuple(self)
+        return blake3(msgspec.msgpack.encode(["kv", *(fields if self.window else fields[:-1])])).digest()
 
     def check_compatible(self, source: PoolLayout) -> None:
         """Raises MismatchError unless both hold the same content: only block size and ranks may differ."""
@@ -117,8 +130,21 @@ class KvLayout(Struct, frozen=True, array_like=True, tag="kv"):
         return f"{self.num_kv_heads} on each of {self.tp_size} ranks"
 
 
+def check_groups(ours: Sequence[PoolLayout], source: Sequence[PoolLayout]) -> None:
+    """Raises MismatchError unless the source has the same groups as this worker, with the same content."""
+    if len(ours) != len(source):
+        raise MismatchError(
+            f"the source has {len(source)} KV groups, this worker {len(ours)}; run one release with one model on both",
+            field="layout",
+        )
+    for layout, theirs in zip(ours, source, strict=True):
+        layout.check_compatible(theirs)
+
+
 # What two workers must agree on, and where they get it from.
-_CONTENT = {"dtype": "--dtype", "num_layers": "model", "head_dim": "model", "hash_unit_tokens": "hash unit"}
+_CONTENT = {
+    "dtype": "--dtype", "num_layers": "model", "head_dim": "model", "hash_unit_tokens": "hash unit", "window": "model"
+}  # fmt: skip
 
 
 def block_keys(unit_hashes: list[bytes], layout: KvLayout) -> list[bytes]:

@@ -21,12 +21,22 @@ from kvrelay_transfer.layout import KvLayout
 
 
 class GroupBlocks(Struct, frozen=True, array_like=True):
-    """Blocks of one KV group in token order; words[i] is the fence word of blocks[i]."""
+    """Blocks of one KV group in token order; words[i] is the fence word of blocks[i].
+
+    Of a group with a window they begin at `first_token`, with the first block that the token behind the ticket's sees.
+    """
 
     group: int
     first_token: int
     blocks: tuple[int, ...]
     words: tuple[int, ...]
+
+    def behind(self, num_blocks: int, block_tokens: int) -> GroupBlocks | None:
+        """What lies behind the first `num_blocks` from token 0 on; None where that is nothing."""
+        skipped = num_blocks - self.first_token // block_tokens
+        if skipped >= len(self.blocks):
+            return None
+        return GroupBlocks(self.group, num_blocks * block_tokens, self.blocks[skipped:], self.words[skipped:])
 
 
 class LeaseTerms(Struct, frozen=True, array_like=True):
@@ -53,6 +63,12 @@ class KvTicket(Struct, frozen=True, array_like=True, tag="kv"):
     lease: LeaseTerms
     mac: bytes = b""
     is_pinned: bool = True  # False: an export for reuse, which lives by the fence alone (PROTOCOL B1)
+    more_layouts: tuple[KvLayout, ...] = ()  # of the groups behind the first
+
+    @property
+    def layouts(self) -> tuple[KvLayout, ...]:
+        """Of each group."""
+        return (self.layout, *self.more_layouts)
 
     def canonical_bytes(self) -> bytes:
         """What the signature covers: every field but the signature."""

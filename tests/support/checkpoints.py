@@ -134,7 +134,7 @@ def make_checkpoint(
         model.to(dtype).save_pretrained(directory, max_shard_size=shard_bytes)
     if legacy_config:
         _write_legacy_config(directory / "config.json")
-    _write_generation_config(directory, vocab_size)
+    write_generation_config(directory, vocab_size)
     write_tokenizer(directory, vocab_size, adds_begin_of_text=architecture == "llama")
     return directory
 
@@ -181,7 +181,7 @@ def _write_legacy_config(path: Path) -> None:
     path.write_text(json.dumps(config, indent=2))
 
 
-def _write_generation_config(directory: Path, vocab_size: int) -> None:
+def write_generation_config(directory: Path, vocab_size: int) -> None:
     generation_config = {
         "bos_token_id": special_token_id(BEGIN_OF_TEXT, vocab_size),
         "eos_token_id": [special_token_id(END_OF_TEXT, vocab_size), special_token_id(END_OF_TURN, vocab_size)],

@@ -37,7 +37,8 @@ LEAK_DEADLINE_S = 2.0
 # Of a load: what an idle worker does not hold.
 HELD = (
     "requests_waiting", "requests_waiting_remote_kv", "requests_running", "tokens_queued", "blocks_in_use",
-    "blocks_pinned", "blocks_quarantined", "embedding_blocks", "leases", "transfers", "streams", "tasks",
+    "blocks_pinned", "blocks_quarantined", "sliding_blocks", "embedding_blocks", "leases", "transfers", "streams",
+    "tasks",
 )  # fmt: skip
 
 

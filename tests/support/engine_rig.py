@@ -10,6 +10,7 @@ import secrets
 from collections import defaultdict
 from typing import Any, TypeVar
 
+import torch
 from fake_runner import VOCAB_SIZE, FakeRunner, fake_layout
 
 from kvrelay_core.clock import ManualClock
@@ -21,8 +22,10 @@ from kvrelay_engine.engine import Engine
 from kvrelay_engine.engine_identity import EngineIdentity
 from kvrelay_engine.engine_media import EngineMedia
 from kvrelay_engine.engine_parts import EngineParts
-from kvrelay_transfer.connectors.base import PeerInfo
+from kvrelay_engine.kv_group import KvGroup
+from kvrelay_transfer.connectors.base import PeerInfo, PoolOffer
 from kvrelay_transfer.connectors.memory import MemoryConnector, MemoryFabric
+from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.pool_memory import PoolMemory
 from kvrelay_transfer.ticket import KvTicket, TicketSigner
 
@@ -84,17 +87,27 @@ class EngineRig:
         fabric: MemoryFabric | None = None,
         max_model_len: int = 4096,
         media: EngineMedia | None = None,
+        window: int = 0,
+        sliding_blocks: int = 64,
         **changes: Any,
     ) -> None:
+        """With a `window` there is a second group, of `sliding_blocks`."""
         config = make_config(role, **changes)
         layout = fake_layout(config.block_tokens, config.hash_unit_tokens)
         epoch = secrets.token_bytes(16)
         self.clock = clock or ManualClock()
         assert config.kv_blocks is not None
         self.memory = PoolMemory.allocate(layout, config.kv_blocks, "cpu", epoch)
-        self.runner = FakeRunner(self.memory.tensor)
         self.pool = BlockPool(config.kv_blocks, self.memory.words)
-        self.connector = MemoryConnector(fabric or MemoryFabric(), self.memory, self.clock)
+        fabric = fabric or MemoryFabric()
+        self.connector = MemoryConnector(fabric, self.memory, self.clock)
+        self.sliding: KvGroup | None = None
+        self._memories = [self.memory]
+        sliding_pool = None
+        if window:
+            sliding_layout = fake_layout(config.block_tokens, config.hash_unit_tokens, window)
+            sliding_pool = self._add_sliding(sliding_layout, sliding_blocks, fabric)
+        self.runner = FakeRunner(self.memory.tensor, sliding_pool, window)
         self.events: list[messages.Event] = []
         self.engine = Engine(
             config,
@@ -109,9 +122,24 @@ class EngineRig:
                 clock=self.clock,
                 emit=self.events.append,
                 media=media or EngineMedia(),
+                sliding=self.sliding,
             ),
         )
-        self.peer = PeerInfo(config.address, epoch, FINGERPRINT, layout, (self.connector.offer(),))
+        self.peer = PeerInfo(config.address, epoch, FINGERPRINT, layout, (self.connector.offer(),), self._more_pools())
+
+    def _add_sliding(self, layout: KvLayout, num_blocks: int, fabric: MemoryFabric) -> torch.Tensor:
+        memory = PoolMemory.allocate(layout, num_blocks, "cpu", self.memory.engine_epoch)
+        self._memories.append(memory)
+        pool = BlockPool(num_blocks, memory.words)
+        connector = MemoryConnector(fabric, memory, self.clock)
+        self.sliding = KvGroup(index=1, pool=pool, layout=layout, connectors={"memory": connector})
+        return memory.tensor
+
+    def _more_pools(self) -> tuple[PoolOffer, ...]:
+        if self.sliding is None:
+            return ()
+        offers = tuple(connector.offer() for connector in self.sliding.connectors.values())
+        return (PoolOffer(self.sliding.layout, tuple(offer for offer in offers if offer is not None)),)
 
     # ------------------------------------------------------------------------------------- requests
 
@@ -180,6 +208,7 @@ class EngineRig:
     def check_empty(self) -> None:
         """Nothing is held any more by anybody."""
         load = self.load()
+        assert not self.runner.wrong_windows
         held = {
             name: getattr(load, name)
             for name in load.__struct_fields__
@@ -192,10 +221,13 @@ class EngineRig:
     def close(self) -> None:
         self.engine.close()
         self.connector.close()
-        self.memory.close()
+        for memory in self._memories:
+            memory.close()
 
 
-HELD_WHEN_BUSY = ("blocks_in_use", "embedding_blocks", "blocks_pinned", "blocks_quarantined", "leases", "transfers")
+HELD_WHEN_BUSY = (
+    "blocks_in_use", "sliding_blocks", "embedding_blocks", "blocks_pinned", "blocks_quarantined", "leases", "transfers",
+)  # fmt: skip
 
 
 class EnginePair:
@@ -282,6 +314,11 @@ class EnginePair:
         """What the router and the decode service do when a ticket is accepted."""
         self.reader.decode(request_id, self.generations[request_id], ticket)
         self.source.engine.handle(messages.FollowAttach(request_id, ticket))
+
+    def abort_at_reader(self, request_id: int) -> None:
+        """The client is gone; both sides are told."""
+        self.reader.abort(request_id)
+        self.source.abort(request_id)
 
     def _commit(self, request_id: int, choice: int, position: int, token: int) -> None:
         """The first copy of a position wins; here every later copy has to be the same."""

@@ -3,6 +3,8 @@
 A token's "KV" is its id, or for a media token the first number of its embedding (as key), and its position (as
 value). The next token is a function of the whole context as it is read back *through the block table*, so a block that
 is wrong, stale or misplaced changes the answer.
+
+With a sliding pool every token looks at its window there as well, and what is not what the full pool says is noted.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from kvrelay_transfer.layout import KvLayout
 VOCAB_SIZE = 97
 
 
-def fake_layout(block_tokens: int = 4, hash_unit_tokens: int = 4) -> KvLayout:
-    return KvLayout("float32", 1, 1, block_tokens, 1, hash_unit_tokens=hash_unit_tokens)
+def fake_layout(block_tokens: int = 4, hash_unit_tokens: int = 4, window: int = 0) -> KvLayout:
+    return KvLayout("float32", 1, 1, block_tokens, 1, hash_unit_tokens=hash_unit_tokens, window=window)
 
 
 def next_token(context: Sequence[int]) -> int:
@@ -39,10 +41,14 @@ class FakeRunner:
 
     vocab_size = VOCAB_SIZE
 
-    def __init__(self, pool: torch.Tensor) -> None:
+    def __init__(self, pool: torch.Tensor, sliding_pool: torch.Tensor | None = None, window: int = 0) -> None:
         self._keys_BT = pool[:, 0, 0, 0, :, 0]
         self._values_BT = pool[:, 0, 1, 0, :, 0]
-        self._pool = pool
+        self._pools = [pool] if sliding_pool is None else [pool, sliding_pool]
+        self._window = window
+        if sliding_pool is not None:
+            sliding_pool[0] = -1.0  # a read of the null block shows
+        self.wrong_windows: list[int] = []  # positions that a token did not see in its window
         self.batches: list[list[int]] = []  # tokens per row of each batch
         self.num_copies = 0
         self.failure: Exception | None = None  # raised by the next run, half-way
@@ -52,6 +58,8 @@ class FakeRunner:
         self.batches.append([len(row.token_ids) for row in batch])
         for row in batch:
             self._write(row)
+            if self._window:
+                self._slide(row)
         if self.failure is not None:
             failure, self.failure = self.failure, None
             raise failure
@@ -61,9 +69,9 @@ class FakeRunner:
         self.broken_rows = set()
         return torch.stack(logits) if logits else torch.empty((0, VOCAB_SIZE))
 
-    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]], group: int = 0) -> None:
         for source, destination in pairs:
-            self._pool[destination] = self._pool[source]
+            self._pools[group][destination] = self._pools[group][source]
             self.num_copies += 1
 
     def _write(self, row: BatchRow) -> None:
@@ -75,6 +83,20 @@ class FakeRunner:
         for media in row.media:
             for index, value in enumerate(media.rows[:, 0], row.start + media.first):
                 self._keys_BT[row.block_table[index // block_tokens], index % block_tokens] = value
+
+    def _slide(self, row: BatchRow) -> None:
+        """Writes the row's tokens to the sliding pool as well, and looks at all that they see there."""
+        full, sliding = (pool[:, 0, :, 0, :, 0] for pool in self._pools)
+        block_tokens = full.shape[2]
+        end = row.start + len(row.token_ids)
+        for position in range(row.start, end):
+            block, offset = divmod(position, block_tokens)
+            sliding[row.sliding_table[block], :, offset] = full[row.block_table[block], :, offset]
+        for position in range(max(0, row.start - self._window + 1), end):
+            block, offset = divmod(position, block_tokens)
+            seen, meant = sliding[row.sliding_table[block], :, offset], full[row.block_table[block], :, offset]
+            if not torch.equal(seen, meant):
+                self.wrong_windows.append(position)
 
     def _logits(self, row: BatchRow) -> torch.Tensor:
         """The next token has the highest logit, the ones after it (cyclically) ever lower ones."""

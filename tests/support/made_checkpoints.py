@@ -6,13 +6,16 @@ from pathlib import Path
 
 
 class CheckpointMaker:
-    """Called with the name of one of `checkpoints.VARIANTS`, returns its folder."""
+    """Called with the name of one of `checkpoints.VARIANTS`, or of `sliding_checkpoint`, returns its folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def __call__(self, variant: str) -> Path:
         from checkpoints import make_variant
+        from sliding_checkpoint import NAME, make_sliding_checkpoint
 
         path = self._folder / variant
-        return path if path.exists() else make_variant(self._folder, variant)
+        if path.exists():
+            return path
+        return make_sliding_checkpoint(path) if variant == NAME else make_variant(self._folder, variant)

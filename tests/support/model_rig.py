@@ -1,6 +1,7 @@
 """Drives a `ModelRunner` greedily with a plain block table each: what the engine does, without an engine.
 
-Blocks start as NaN, so that a read of a slot that was never written shows.
+Blocks start as NaN, so that a read of a slot that was never written shows. Those of layers with a window become NaN
+again as soon as no token to come sees them, and their table entries null.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from kvrelay_core.media.mrope import MropePositions
 from kvrelay_engine.loader import LoadedModel, load_model
 from kvrelay_engine.model_runner import ModelRunner
 from kvrelay_engine.runner import BatchRow, MediaRows
+from kvrelay_transfer.layout import KvLayout
 
 BLOCK_TOKENS = 16
 
@@ -43,6 +45,7 @@ class RigSequence:
     block_table: list[int]
     num_prompt: int
     num_computed: int = 0
+    sliding_table: list[int] = field(default_factory=list)
     images: Sequence[PlacedImage] = ()
     positions: MropePositions | None = None
 
@@ -56,20 +59,25 @@ class ModelRig:
     loaded: LoadedModel
     num_blocks: int = 96
     block_tokens: int = BLOCK_TOKENS
-    pool: torch.Tensor = field(init=False)
+    pool: torch.Tensor = field(init=False)  # of the layers that see the whole context
+    sliding_pool: torch.Tensor | None = field(init=False)
+    layouts: tuple[KvLayout, ...] = field(init=False)
     runner: ModelRunner = field(init=False)
     free_blocks: list[int] = field(init=False)
     logits: torch.Tensor = field(init=False)  # of the last step
 
     def __post_init__(self) -> None:
-        layout = self.loaded.kv_layout(self.block_tokens, 64)
-        dtype = getattr(torch, layout.dtype)
-        shape = (self.num_blocks, *layout.shape)
-        self.pool = torch.full(shape, float("nan"), dtype=dtype, device=self.loaded.device)
-        self.runner = ModelRunner(self.loaded, self.pool, layout)
+        self.layouts = self.loaded.kv_layouts(self.block_tokens, 64)
+        pools = [self._make_pool(layout) for layout in self.layouts]
+        self.pool, self.sliding_pool = pools[0], pools[1] if len(pools) > 1 else None
+        self.runner = ModelRunner(self.loaded, pools, self.layouts)
         # Taken from alternating ends: neighbouring blocks of a sequence are far apart in the pool.
         ascending = list(range(1, self.num_blocks))
         self.free_blocks = [ascending.pop(-1 if index % 2 else 0) for index in range(len(ascending))]
+
+    def _make_pool(self, layout: KvLayout) -> torch.Tensor:
+        shape = (self.num_blocks, *layout.shape)
+        return torch.full(shape, float("nan"), dtype=getattr(torch, layout.dtype), device=self.loaded.device)
 
     def add(self, prompt: Sequence[int], num_tokens: int, images: Sequence[PlacedImage] = ()) -> RigSequence:
         """A sequence with blocks for the prompt and `num_tokens` more."""
@@ -77,7 +85,9 @@ class ModelRig:
         blocks = [self.free_blocks.pop() for _ in range(num_blocks)]
         mrope = self.loaded.config.mrope
         positions = MropePositions.of(len(prompt), images, mrope.merge_size) if mrope and images else None
-        return RigSequence(list(prompt), blocks, len(prompt), images=images, positions=positions)
+        sequence = RigSequence(list(prompt), blocks, len(prompt), images=images, positions=positions)
+        sequence.sliding_table = list(blocks)
+        return sequence
 
     def generate(self, sequences: Sequence[RigSequence], num_tokens: int, chunk_tokens: int = 10_000) -> None:
         """Steps until each has `num_tokens` new tokens. Sequences whose prompt is done decode beside chunks of
@@ -97,6 +107,13 @@ class ModelRig:
         for sequence, row in zip(sequences, rows, strict=True):
             if row.wants_logits:
                 sequence.tokens.append(next(best))
+            self._slide(sequence)
+
+    def _slide(self, sequence: RigSequence) -> None:
+        if self.sliding_pool is not None:
+            first = self.layouts[1].first_block(sequence.num_computed)
+            self.sliding_pool[sequence.sliding_table[:first]] = float("nan")
+            sequence.sliding_table[:first] = [0] * first
 
     def _chunk_end(self, sequence: RigSequence, chunk_tokens: int) -> int:
         """Behind an image that the chunk would split, where its tokens see each other in both directions."""
@@ -108,7 +125,7 @@ class ModelRig:
 
     def _row(self, sequence: RigSequence, chunk: list[int], is_last: bool) -> BatchRow:
         start, end = sequence.num_computed, sequence.num_computed + len(chunk)
-        row = BatchRow(chunk, start, sequence.block_table, is_last)
+        row = BatchRow(chunk, start, sequence.block_table, is_last, sliding_table=sequence.sliding_table)
         row.media = [media for image in sequence.images if (media := image.within(start, end))]
         if sequence.positions is not None:
             row.positions = sequence.positions.between(start, end)

@@ -46,7 +46,7 @@ from kvrelay_engine.embeddings.reader import EmbeddingReader
 from kvrelay_engine.embeddings.source import EmbeddingSource
 from kvrelay_engine.encoder.engine import EncoderEngine
 from kvrelay_engine.engine import Engine
-from kvrelay_engine.handoff_incoming import Incoming
+from kvrelay_engine.group_pull import GroupPull
 from kvrelay_engine.handoff_reader import HandoffReader
 from kvrelay_engine.handoff_source import HandoffSource
 from kvrelay_transfer.connectors import shm
@@ -175,17 +175,17 @@ def install_embeddings(stops: Stops) -> None:
 
 def install(stops: Stops) -> None:
     install_embeddings(stops)
-    post = stops.before("read", Incoming.post)
+    post = stops.before("read", GroupPull.post)
 
     def post_or_stall(
-        incoming: Incoming, end: int, peer_id: str, connector: str, read: Callable[[BlockRead], Transfer]
+        pull: GroupPull, end: int, peer_id: str, connector: str, read: Callable[[BlockRead], Transfer]
     ) -> None:
         def stalled(request: BlockRead) -> Transfer:
             return StalledTransfer(read, request, stops.stall)
 
-        post(incoming, end, peer_id, connector, stalled if stops.stall.exists() else read)
+        post(pull, end, peer_id, connector, stalled if stops.stall.exists() else read)
 
-    handoff: Any = Incoming
+    handoff: Any = GroupPull
     handoff.post = post_or_stall
     patched: Any = HandoffReader
     patched._arrive = stops.before("arrive", HandoffReader._arrive)

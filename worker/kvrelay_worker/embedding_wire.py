@@ -10,9 +10,9 @@ from kvrelay.v1 import common_pb2 as pb
 from kvrelay.v1 import kv_source_pb2 as source_pb
 from kvrelay_core.errors import ConfigError, InvalidRequestError
 from kvrelay_core.hashing import HASH_BYTES
-from kvrelay_transfer.connectors.base import PeerInfo
+from kvrelay_transfer.connectors.base import PeerInfo, PoolOffer
 from kvrelay_transfer.embedding_layout import EmbeddingLayout, PoolLayout
-from kvrelay_transfer.layout import KvLayout
+from kvrelay_transfer.layout import KvLayout, check_groups
 from kvrelay_transfer.ticket import EmbeddingTicket, GroupBlocks, Ticket
 from kvrelay_worker.wire import (
     EPOCH_BYTES,
@@ -113,21 +113,20 @@ def connect_to_wire(
     )
 
 
-def check_reader(wire: source_pb.ConnectRequest, ours: PoolLayout) -> None:
-    """Raises MismatchError when the reader's pool of our kind cannot take our blocks."""
-    if isinstance(ours, EmbeddingLayout):
+def check_reader(wire: source_pb.ConnectRequest, ours: tuple[PoolLayout, ...]) -> None:
+    """Raises MismatchError when the reader's pools of our kind cannot take blocks of our groups."""
+    if isinstance(ours[0], EmbeddingLayout):
         for embedding_layout in wire.embedding_layouts:
-            embedding_layout_from_wire(embedding_layout).check_compatible(ours)
-        return
-    for layout in wire.layouts:
-        layout_from_wire(layout).check_compatible(ours)
+            embedding_layout_from_wire(embedding_layout).check_compatible(ours[0])
+    elif wire.layouts:
+        check_groups(list(map(layout_from_wire, wire.layouts)), ours)
 
 
 def peer_from_wire(peer_id: str, wire: source_pb.ConnectResponse) -> PeerInfo:
     """`peer_id` is the address that was dialled, never what the peer calls itself."""
     _require(len(wire.engine_epoch) == EPOCH_BYTES, f"peer {peer_id}: engine_epoch must have {EPOCH_BYTES} bytes")
     num_groups = len(wire.layouts) + len(wire.embedding_layouts)
-    _require(num_groups == 1, f"peer {peer_id} has {num_groups} KV groups; this release reads one")
+    _require(num_groups == 1, f"peer {peer_id} names {num_groups} layouts of its first KV group")
     layouts: list[PoolLayout] = [*map(layout_from_wire, wire.layouts)]
     layouts += map(embedding_layout_from_wire, wire.embedding_layouts)
     return PeerInfo(
@@ -136,6 +135,10 @@ def peer_from_wire(peer_id: str, wire: source_pb.ConnectResponse) -> PeerInfo:
         model_fingerprint=wire.model_fingerprint,
         layout=layouts[0],
         offers=tuple(map(offer_from_wire, wire.offers)),
+        more_pools=tuple(
+            PoolOffer(layout_from_wire(pool.layout), tuple(map(offer_from_wire, pool.offers)))
+            for pool in wire.more_pools
+        ),
     )
 
 

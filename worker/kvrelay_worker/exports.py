@@ -44,7 +44,7 @@ class Exports:
         self._engine.on_loss(self._on_loss)
 
     async def export(self, ticket: Ticket, group: int, blocks: tuple[int, ...]) -> ExportedPiece:
-        """At most `blocks_per_slot` blocks. Raises what the engine answers (ticket rejected, lease over),
+        """As many blocks as a slot holds. Raises what the engine answers (ticket rejected, lease over),
         OverloadedError when no slot comes free, TransferError when the engine does not answer."""
         slots = self._worker.slots.exports
         slot = await self._acquire(slots)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from kvrelay_core.error_info import info_of
 from kvrelay_core.errors import InternalError, KvRelayError, RequestCancelledError, TransferError, WorkerLostError
 from kvrelay_engine.messages import Fetch, FetchAbort, FetchedPiece, FetchEnded, SlotFree
+from kvrelay_transfer.ticket import KvTicket
 from kvrelay_worker.embedding_wire import fetch_to_wire
 from kvrelay_worker.peer_errors import RETRY_PAUSE_S, peer_errors
 from kvrelay_worker.peers import PeerBook
@@ -78,7 +79,7 @@ class FetchClient:
 
     async def _fetch_all(self, fetch: Fetch) -> None:
         permits = asyncio.Semaphore(PIECES_IN_FLIGHT)
-        step = self._staging.slot_bytes // fetch.ticket.layout.block_bytes
+        step = self._staging.slot_bytes // _block_bytes(fetch)
         if step == 0:
             raise TransferError(f"a block of {fetch.peer_id} is larger than a staging slot")
 
@@ -125,7 +126,7 @@ class FetchClient:
     async def _receive(self, fetch: Fetch, blocks: Sequence[int], slot: int) -> tuple[int, ...]:
         """Fills the slot; returns the words. TransferError when the peer sends more or less than asked for."""
         stub = self._peers.stub(fetch.peer_id)
-        expected_bytes = len(blocks) * fetch.ticket.layout.block_bytes
+        expected_bytes = len(blocks) * _block_bytes(fetch)
         received_bytes = 0
         request = fetch_to_wire(fetch.ticket, fetch.group, tuple(blocks))
         call = stub.Fetch(request, wait_for_ready=True)
@@ -144,6 +145,12 @@ class FetchClient:
             call.cancel()
             self._worker.streams.leave()
         raise WorkerLostError(f"{fetch.peer_id} ended the read early")
+
+
+def _block_bytes(fetch: Fetch) -> int:
+    """Of the group that is read, at its source."""
+    ticket = fetch.ticket
+    return ticket.layouts[fetch.group].block_bytes if isinstance(ticket, KvTicket) else ticket.layout.block_bytes
 
 
 def _first_leaf(errors: Sequence[BaseException]) -> BaseException:

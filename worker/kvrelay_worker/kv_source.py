@@ -55,7 +55,7 @@ class KvSourceServicer(kv_source_pb2_grpc.KvSourceServiceServicer):
     async def Connect(self, request: pb.ConnectRequest, context: Context) -> pb.ConnectResponse:
         """Raises MismatchError when the reader's pool cannot take our blocks."""
         started = self._worker.engine.started
-        check_reader(request, started.layout)
+        check_reader(request, started.groups)
         layout = started.layout
         return pb.ConnectResponse(
             source=common_pb2.WorkerRef(worker_id=self._worker.config.worker_id, address=self._worker.address),
@@ -64,6 +64,11 @@ class KvSourceServicer(kv_source_pb2_grpc.KvSourceServiceServicer):
             offers=map(offer_to_wire, started.offers),
             layouts=[layout_to_wire(layout)] if isinstance(layout, KvLayout) else (),
             embedding_layouts=[embedding_layout_to_wire(layout)] if isinstance(layout, EmbeddingLayout) else (),
+            more_pools=[
+                pb.PoolOffer(layout=layout_to_wire(pool.layout), offers=map(offer_to_wire, pool.offers))
+                for pool in started.more_pools
+                if isinstance(pool.layout, KvLayout)
+            ],
         )
 
     async def Follow(
@@ -117,14 +122,18 @@ class KvSourceServicer(kv_source_pb2_grpc.KvSourceServiceServicer):
     async def _stream_blocks(
         self, ticket: Ticket, group: int, blocks: tuple[int, ...], held: set[int]
     ) -> AsyncIterator[pb.FetchResponse]:
-        staging = self._worker.slots
+        staging, groups = self._worker.slots, self._worker.engine.started.groups
+        if group >= len(groups):
+            raise InvalidRequestError(f"this worker has {len(groups)} KV groups, none with the number {group}")
+        block_bytes = groups[group].block_bytes
+        blocks_per_slot = staging.slot_bytes // block_bytes
         words: list[int] = []
-        for first in range(0, len(blocks), staging.blocks_per_slot):
-            part = blocks[first : first + staging.blocks_per_slot]
+        for first in range(0, len(blocks), blocks_per_slot):
+            part = blocks[first : first + blocks_per_slot]
             piece = await self._exports.export(ticket, group, part)
             held.add(piece.slot)
             words += piece.words
-            size_bytes = len(part) * staging.block_bytes
+            size_bytes = len(part) * block_bytes
             for offset in range(0, size_bytes, CHUNK_BYTES):
                 yield pb.FetchResponse(data=staging.read(piece.slot, offset, min(CHUNK_BYTES, size_bytes - offset)))
             held.remove(piece.slot)

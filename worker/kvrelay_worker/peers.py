@@ -140,7 +140,7 @@ class PeerBook:
         if self._peers.get(peer.address) is not peer:
             raise WorkerLostError(f"{peer.address} was given up during the handshake", peer=peer.address)
         info = peer_from_wire(peer.address, response)
-        started.check_source(info.layout)
+        started.check_source(info.layouts)
         if isinstance(info.layout, KvLayout) and info.model_fingerprint != started.model_fingerprint:
             raise MismatchError(f"{peer.address} serves another model; start both workers with the same weights")
         self._register(peer, info)

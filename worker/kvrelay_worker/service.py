@@ -52,7 +52,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             role=_ROLES[worker.config.role],
             engine_epoch=started.engine_epoch,
             model_fingerprint=started.model_fingerprint,
-            layouts=[layout_to_wire(layout)] if isinstance(layout, KvLayout) else (),
+            layouts=[layout_to_wire(group) for group in started.groups if isinstance(group, KvLayout)],
             embedding_layouts=[embedding_layout_to_wire(layout)] if isinstance(layout, EmbeddingLayout) else (),
             num_blocks=started.num_blocks,
             max_model_len=started.max_model_len,

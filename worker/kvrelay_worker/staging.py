@@ -40,12 +40,11 @@ class SlotAllocator:
 
 class Staging:
     def __init__(self, slots: StagingSlots, block_bytes: int) -> None:
+        """`block_bytes` of the largest block that is sent."""
         if slots.slot_bytes < block_bytes or slots.num_slots < 2:
             raise InternalError(f"{slots.num_slots} staging slots of {slots.slot_bytes} bytes are too few or too small")
         self._slots = slots
         self.slot_bytes = slots.slot_bytes
-        self.block_bytes = block_bytes
-        self.blocks_per_slot = slots.slot_bytes // block_bytes
         self.exports = SlotAllocator(range(slots.num_slots // 2))
         self.imports = SlotAllocator(range(slots.num_slots // 2, slots.num_slots))
 
@@ -53,7 +52,7 @@ class Staging:
     def open(cls, started: Started) -> Staging:
         """Raises UnavailableError when the engine is gone."""
         slots = StagingSlots.open(started.staging_fd_path, started.staging_slots, started.staging_slot_bytes)
-        return cls(slots, started.layout.block_bytes)
+        return cls(slots, max(layout.block_bytes for layout in started.groups))
 
     def read(self, slot: int, offset: int, size_bytes: int) -> bytes:
         with self._slots.slot(slot) as view:

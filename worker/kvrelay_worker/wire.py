@@ -64,6 +64,7 @@ def layout_to_wire(layout: KvLayout) -> pb.KvLayout:
         tp_size=layout.tp_size,
         tp_rank=layout.tp_rank,
         hash_unit_tokens=layout.hash_unit_tokens,
+        window=layout.window,
     )
 
 
@@ -77,6 +78,7 @@ def layout_from_wire(wire: pb.KvLayout) -> KvLayout:
         tp_size=wire.tp_size,
         tp_rank=wire.tp_rank,
         hash_unit_tokens=wire.hash_unit_tokens,
+        window=wire.window,
     )
     try:
         layout.validate()
@@ -127,6 +129,7 @@ def ticket_to_wire(ticket: KvTicket) -> pb.KvTicket:
         lease=lease_to_wire(ticket.lease),
         hmac=ticket.mac,
         unpinned=not ticket.is_pinned,
+        more_layouts=map(layout_to_wire, ticket.more_layouts),
     )
 
 
@@ -150,6 +153,7 @@ def ticket_from_wire(wire: pb.KvTicket) -> KvTicket:
         lease=lease_from_wire(wire.lease),
         mac=wire.hmac,
         is_pinned=not wire.unpinned,
+        more_layouts=tuple(map(layout_from_wire, wire.more_layouts)),
     )
 
 
@@ -211,6 +215,7 @@ def load_to_wire(load: Load, *, streams: int, tasks: int, draining: bool) -> wor
         leases=load.leases,
         transfers=load.transfers,
         embedding_blocks=load.embedding_blocks,
+        sliding_blocks=load.sliding_blocks,
         streams=streams,
         steps=load.steps,
         draining=draining,

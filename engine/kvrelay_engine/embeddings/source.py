@@ -16,7 +16,7 @@ from kvrelay_core.error_info import info_of
 from kvrelay_core.errors import InternalError, TicketRejectedError, TransferError
 from kvrelay_engine.embeddings.cache import CachedItem, EmbeddingCache
 from kvrelay_engine.engine_identity import EngineIdentity
-from kvrelay_engine.handoff_source import SlotWriter
+from kvrelay_engine.kv_group import SlotWriter
 from kvrelay_engine.messages import Command, Event, Export, Exported, Released, ReleaseTicket
 from kvrelay_transfer.connectors.base import Connector
 from kvrelay_transfer.lease import Lease, LeaseEnd, LeaseTable

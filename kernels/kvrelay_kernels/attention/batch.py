@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -65,6 +65,10 @@ class AttentionBatch:
         return AttentionBatch.build(
             self.query_starts, self.context_lens, self.block_tables_BM.to(device), self.last_visible
         )
+
+    def in_blocks(self, block_tables_BM: Tensor) -> AttentionBatch:
+        """The same queries over other blocks, not planned yet."""
+        return replace(self, block_tables_BM=block_tables_BM, _plans={})
 
     def last_tokens(self, sequences: Sequence[int]) -> AttentionBatch:
         """Of these sequences the last token each, which sees all of the context."""

@@ -16,7 +16,7 @@ def paged_attention(q_NHD: Tensor, layer_pool: Tensor, batch: AttentionBatch, sc
 
     `layer_pool` [num_blocks, 2, K, T, D] is `pool[:, layer]`; the new tokens' keys and values are written
     already. H is a multiple of K. Single tokens (decode) and chunks (prefill) may be mixed in a batch. Slots past
-    a context, padded block-table entries and blocks before every window are never used, whatever they hold.
+    a context or before every window, and padded block-table entries, are never used, whatever they hold.
     """
     if q_NHD.is_cuda:
         from kvrelay_kernels.attention import kernel

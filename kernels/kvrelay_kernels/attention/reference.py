@@ -62,7 +62,7 @@ class DecodeGroup:
     tokens_B: Tensor | None  # their tokens' rows in the batch; None if they are the whole batch in order
     rows: Tensor  # see PoolRows.index
     max_context_len: int  # from the first block that is gathered
-    stale_rows: Tensor | None  # token vectors among those gathered that are past a context; None: cut off
+    stale_rows: Tensor | None  # token vectors among those gathered that the mask hides; None: cut off
     mask_B11S: Tensor | None  # added to the scores: -inf past a context and before a window
 
 
@@ -74,6 +74,7 @@ class Chunk:
     num_tokens: int
     rows: Tensor  # see PoolRows.index
     context_len: int  # from the first block that is gathered
+    num_hidden: int  # first slots of these that no token sees
     mask_QS: Tensor | None  # None: causal, and the chunk is the whole context
 
 
@@ -116,7 +117,9 @@ def _attend_group(q_BHD: Tensor, rows_RV: Tensor, group: DecodeGroup, pool_rows:
 
 def _attend_chunk(q_QHD: Tensor, rows_RV: Tensor, chunk: Chunk, pool_rows: PoolRows, scale: float) -> Tensor:
     kv = rows_RV.index_select(0, chunk.rows)
-    k_KSD, v_KSD = kv.view(2, pool_rows.num_kv_heads, -1, pool_rows.head_dim)[:, :, : chunk.context_len]
+    kv_KSD = kv.view(2, pool_rows.num_kv_heads, -1, pool_rows.head_dim)
+    kv_KSD[:, :, : chunk.num_hidden] = 0.0  # a mask alone does not do
+    k_KSD, v_KSD = kv_KSD[:, :, : chunk.context_len]
     out_1HQD = scaled_dot_product_attention(
         q_QHD.transpose(0, 1).unsqueeze(0),
         k_KSD.unsqueeze(0),
@@ -203,7 +206,7 @@ def _make_group(
         return DecodeGroup(tokens_B, rows, max_context_len, None, None)
     mask_BS = torch.zeros(is_hidden_BS.shape, dtype=dtype, device=device).masked_fill_(is_hidden_BS, float("-inf"))
     mask_B11S = mask_BS[:, None, None, :max_context_len]
-    return DecodeGroup(tokens_B, rows, max_context_len, _stale_rows(is_stale_BS, pool_rows.num_kv_heads), mask_B11S)
+    return DecodeGroup(tokens_B, rows, max_context_len, _stale_rows(is_hidden_BS, pool_rows.num_kv_heads), mask_B11S)
 
 
 def _shift(tables_BM: Tensor, first_blocks: list[int], num_blocks: int) -> Tensor:
@@ -213,12 +216,12 @@ def _shift(tables_BM: Tensor, first_blocks: list[int], num_blocks: int) -> Tenso
     return tables_BM.gather(1, columns_BM.clamp_(max=tables_BM.shape[1] - 1))
 
 
-def _stale_rows(is_stale_BS: Tensor, num_kv_heads: int) -> Tensor:
-    """The vectors of stale slots among those gathered, [2, B, K, S] of them."""
-    num_sequences, num_slots = is_stale_BS.shape
-    sequence_E, slot_E = is_stale_BS.nonzero().unbind(1)
+def _stale_rows(is_hidden_BS: Tensor, num_kv_heads: int) -> Tensor:
+    """The vectors of hidden slots among those gathered, [2, B, K, S] of them."""
+    num_sequences, num_slots = is_hidden_BS.shape
+    sequence_E, slot_E = is_hidden_BS.nonzero().unbind(1)
     of_first_head_E = sequence_E * (num_kv_heads * num_slots) + slot_E
-    heads_K1 = torch.arange(num_kv_heads, device=is_stale_BS.device).mul_(num_slots).unsqueeze(1)
+    heads_K1 = torch.arange(num_kv_heads, device=is_hidden_BS.device).mul_(num_slots).unsqueeze(1)
     keys_KE = of_first_head_E + heads_K1
     return torch.cat((keys_KE, keys_KE + num_sequences * num_kv_heads * num_slots)).view(-1)
 
@@ -236,7 +239,8 @@ def _make_chunk(batch: AttentionBatch, sequence: int, pool_rows: PoolRows, dtype
     elif num_tokens < context_len:
         mask_QS = torch.full((num_tokens, context_len), float("-inf"), dtype=dtype, device=rows.device)
         mask_QS.triu_(context_len - num_tokens + 1)
-    return Chunk(first_token, num_tokens, rows, num_slots, mask_QS)
+    num_hidden = max(0, num_slots - num_tokens - window + 1) if window else 0
+    return Chunk(first_token, num_tokens, rows, num_slots, num_hidden, mask_QS)
 
 
 def _masked_chunk(batch: AttentionBatch, sequence: int, first_slot: int, window: int, dtype: torch.dtype) -> Tensor:

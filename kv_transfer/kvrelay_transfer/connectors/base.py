@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
 
-from kvrelay_core.errors import KvRelayError, TransferError
+from kvrelay_core.errors import KvRelayError, MismatchError, TransferError
 from kvrelay_transfer.embedding_layout import PoolLayout
 from kvrelay_transfer.fence import Words
 from kvrelay_transfer.ticket import Ticket
@@ -56,6 +56,13 @@ class ConnectorOffer(Struct, frozen=True, array_like=True):
     endpoint: bytes
 
 
+class PoolOffer(Struct, frozen=True, array_like=True):
+    """The pool of one KV group behind the first, and how to reach it."""
+
+    layout: PoolLayout
+    offers: tuple[ConnectorOffer, ...]
+
+
 class PeerInfo(Struct, frozen=True, array_like=True):
     """A source as its Connect handshake described it. `peer_id` is its address."""
 
@@ -64,6 +71,22 @@ class PeerInfo(Struct, frozen=True, array_like=True):
     model_fingerprint: bytes
     layout: PoolLayout
     offers: tuple[ConnectorOffer, ...]
+    more_pools: tuple[PoolOffer, ...] = ()
+
+    @property
+    def layouts(self) -> tuple[PoolLayout, ...]:
+        """Of each of its groups."""
+        return (self.layout, *(pool.layout for pool in self.more_pools))
+
+    def of_group(self, group: int) -> PeerInfo:
+        """The source as if it had this group alone. Raises MismatchError where it has no such group."""
+        if group > len(self.more_pools):
+            raise MismatchError(
+                f"{self.peer_id} has {1 + len(self.more_pools)} KV groups, this worker {1 + group} or more; "
+                "run one release with one model on both"
+            )
+        pool = self.more_pools[group - 1] if group else self
+        return PeerInfo(self.peer_id, self.engine_epoch, self.model_fingerprint, pool.layout, pool.offers)
 
 
 class SliceShape(Struct, frozen=True, array_like=True):

@@ -64,10 +64,13 @@ class MemoryConnector(Connector):
         self._memory = memory
         self._clock = clock
         self._deadline_s = deadline_s
-        fabric.expose(memory.engine_epoch, memory)
+        # An engine may have two pools.
+        window = getattr(memory.layout, "window", 0)
+        self._endpoint = memory.engine_epoch + (window.to_bytes(4) if window else b"")
+        fabric.expose(self._endpoint, memory)
 
     def offer(self) -> ConnectorOffer:
-        return ConnectorOffer(self.name, self._memory.engine_epoch)
+        return ConnectorOffer(self.name, self._endpoint)
 
     def connect(self, peer: PeerInfo, offer: ConnectorOffer) -> PeerLink:
         source = self._fabric.find(offer.endpoint)
@@ -78,7 +81,7 @@ class MemoryConnector(Connector):
         return _MemoryLink(self._fabric, source, self._memory, self._clock, self._deadline_s)
 
     def close(self) -> None:
-        self._fabric.hide(self._memory.engine_epoch)
+        self._fabric.hide(self._endpoint)
 
 
 class _MemoryLink(PeerLink):

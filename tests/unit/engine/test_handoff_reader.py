@@ -11,7 +11,6 @@ from kvrelay_core.error_info import info_of
 from kvrelay_core.errors import (
     MismatchError,
     OverloadedError,
-    UnsupportedError,
 )
 from kvrelay_engine.handoff_reader import HandoffArrived, HandoffBroken, ReaderLimits
 from kvrelay_engine.messages import (
@@ -185,8 +184,10 @@ def test_a_ticket_that_does_not_list_its_blocks_is_a_mismatch(pair: HandoffPair)
     ):
         with pytest.raises(MismatchError, match="does not list"):
             pair.reader.open(make_sequence(TOKENS), replace(ticket, groups=(wrong,)))
-    with pytest.raises(UnsupportedError):
+    with pytest.raises(MismatchError, match="does not list"):
         pair.reader.open(make_sequence(TOKENS), replace(ticket, groups=(group, group)))
+    with pytest.raises(MismatchError, match="the source has 2 KV groups, this worker 1"):
+        pair.reader.open(make_sequence(TOKENS), replace(ticket, groups=(group, group), more_layouts=(ticket.layout,)))
 
 
 # -------------------------------------------------------------------------------------------- room and refusals

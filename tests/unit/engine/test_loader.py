@@ -150,7 +150,7 @@ def test_dtype_auto_is_the_checkpoints(tmp_path: Path) -> None:
     half = make_checkpoint(tmp_path / "half", "llama", dtype=torch.bfloat16)
     assert load_model(str(half), "auto", "cpu").dtype == "bfloat16"
     assert load_model(str(half), "float32", "cpu").dtype == "float32"
-    assert load_model(str(half), "auto", "cpu").kv_layout(64, 64).dtype == "bfloat16"
+    assert load_model(str(half), "auto", "cpu").kv_layouts(64, 64)[0].dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(

@@ -44,12 +44,12 @@ def source() -> Iterator[SourceSide]:
 def test_decode_takes_a_ticket_for_its_own_pictures_alone(source: SourceSide, media: tuple[MediaReference]) -> None:
     """PROTOCOL D2, the tokens behind the last full unit included."""
     ticket = source.prefill(sequence_of(*media))
-    check_ticket(ticket, sequence_of(*media), LAYOUT, MODEL)
+    check_ticket(ticket, sequence_of(*media), [LAYOUT], MODEL)
     others = [(), (CAT,), (DOG,), (LATE_CAT,), (IN_THE_REST,), (replace(IN_THE_REST, content_hash=b"d" * 32),)]
     for other in others:
         if other != media:
             with pytest.raises(MismatchError, match="hashes"):
-                check_ticket(ticket, sequence_of(*other), LAYOUT, MODEL)
+                check_ticket(ticket, sequence_of(*other), [LAYOUT], MODEL)
 
 
 def test_branches_keep_the_pictures_of_their_trunk() -> None:

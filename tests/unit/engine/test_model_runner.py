@@ -102,6 +102,6 @@ def test_half_precision_is_close(model_dir: Path, dtype: str, tolerance: float) 
 
 def test_a_pool_of_another_layout_is_refused(model_dir: Path) -> None:
     loaded = load_model(str(model_dir), "float32", "cpu")
-    layout = load_model(str(model_dir), "bfloat16", "cpu").kv_layout(BLOCK_TOKENS, 64)
-    with pytest.raises(ConfigError, match="does not fit the model"):
-        ModelRunner(loaded, torch.empty(2, *layout.shape, dtype=torch.bfloat16), layout)
+    (layout,) = load_model(str(model_dir), "bfloat16", "cpu").kv_layouts(BLOCK_TOKENS, 64)
+    with pytest.raises(ConfigError, match="do not fit the model"):
+        ModelRunner(loaded, [torch.empty(2, *layout.shape, dtype=torch.bfloat16)], [layout])

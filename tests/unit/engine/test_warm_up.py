@@ -33,7 +33,7 @@ def warm(rig: ModelRig, max_tokens: int = 1000, max_num_seqs: int = 8) -> list[l
     class Watching:
         vocab_size = rig.runner.vocab_size
 
-        def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        def copy_blocks(self, pairs: Sequence[tuple[int, int]], group: int = 0) -> None:
             raise AssertionError("no block is copied")
 
         def run(self, batch: Sequence[BatchRow]) -> torch.Tensor:
@@ -44,7 +44,7 @@ def warm(rig: ModelRig, max_tokens: int = 1000, max_num_seqs: int = 8) -> list[l
 
     warm_up(
         Watching(),
-        rig.pool,
+        [rig.pool],
         block_tokens=BLOCK_TOKENS,
         max_tokens=max_tokens,
         max_num_seqs=max_num_seqs,

@@ -43,6 +43,7 @@ ALTERED: dict[str, Any] = {
     "lease": LeaseTerms(wall_cap_s=1e9),
     "mac": b"x" * 32,
     "is_pinned": False,
+    "more_layouts": (replace(LAYOUT, window=8),),
 }
 
 

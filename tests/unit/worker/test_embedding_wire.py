@@ -44,12 +44,12 @@ def test_malformed_tickets_are_refused(change: dict[str, object]) -> None:
 
 def test_a_reader_is_checked_by_its_pool_of_our_kind() -> None:
     request = wire.connect_to_wire(pb.WorkerRef(), [], (KV, LAYOUT))
-    wire.check_reader(request, LAYOUT)
-    wire.check_reader(request, KV)
+    wire.check_reader(request, (LAYOUT,))
+    wire.check_reader(request, (KV,))
     with pytest.raises(MismatchError, match="hidden_size"):
-        wire.check_reader(request, EmbeddingLayout("bfloat16", 32))
+        wire.check_reader(request, (EmbeddingLayout("bfloat16", 32),))
     with pytest.raises(MismatchError, match="head_dim"):
-        wire.check_reader(request, replace(KV, head_dim=16))
+        wire.check_reader(request, (replace(KV, head_dim=16),))
 
 
 def test_a_peer_has_one_pool_of_either_kind() -> None:

@@ -95,7 +95,7 @@ def test_a_peer_is_named_by_the_address_that_was_dialled() -> None:
     peer = peer_from_wire("127.0.0.1:1", response)
     assert (peer.peer_id, peer.layout, peer.offers[0].name) == ("127.0.0.1:1", LAYOUT, "shm")
     response.layouts.add()
-    with pytest.raises(InvalidRequestError, match="2 KV groups"):
+    with pytest.raises(InvalidRequestError, match="names 2 layouts"):
         peer_from_wire("127.0.0.1:1", response)
 
 

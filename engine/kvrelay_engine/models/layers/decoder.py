@@ -84,16 +84,17 @@ class Decoder:
             self.copied_bytes = tied.copied_bytes
 
     def __call__(self, step: ModelStep, layer_pools: Sequence[Tensor]) -> Tensor:
-        """Logits [R, V] in the model's dtype. `layer_pools[i]` is layer i's part of the pool.
+        """Logits [R, V] in the model's dtype. `layer_pools[i]` is layer i's part of its group's pool.
 
         All that the last layer's other tokens leave is their keys and values: what follows is computed for R tokens.
         """
         rope_rows = [rope.rows(step) for rope in self._ropes]
+        steps = (step, step.local or step)
         residual_NE = self._embed(step)
         x_NE = rms_norm(residual_NE, self._first_norm_E, self._eps)
         for layer, layer_pool in zip(self._layers, layer_pools, strict=True):
-            only = step.logits if layer is self._layers[-1] else None
-            x_NE = layer.attention(x_NE, step, rope_rows[layer.is_local], layer_pool, only)
+            only = steps[layer.is_local].logits if layer is self._layers[-1] else None
+            x_NE = layer.attention(x_NE, steps[layer.is_local], rope_rows[layer.is_local], layer_pool, only)
             if only is not None:
                 if not len(x_NE):
                     return x_NE.new_empty(0, self._embedding_VE.shape[0])

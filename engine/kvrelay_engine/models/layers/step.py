@@ -24,7 +24,7 @@ class ModelStep:
     """Token i of the batch is `token_ids_N[i]` at `positions_N[i]`; its KV goes to `slots_N[i]`. All int64.
 
     Positions are those of RoPE. Where M-RoPE gives some token three that differ, `positions_3N` has all of them, by
-    time, height and width.
+    time, height and width. Where local layers have a pool of their own, `local` is the same step in that pool's blocks.
     """
 
     token_ids_N: Tensor
@@ -34,3 +34,4 @@ class ModelStep:
     logits: LogitsRows | None  # the tokens whose logits are wanted; None: all
     positions_3N: Tensor | None = None
     media: Sequence[MediaRows] = ()  # `first` counts the tokens of the batch
+    local: ModelStep | None = None

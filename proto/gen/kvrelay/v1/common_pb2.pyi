@@ -658,6 +658,7 @@ class KvLayout(_message.Message):
     TP_SIZE_FIELD_NUMBER: _builtins.int
     TP_RANK_FIELD_NUMBER: _builtins.int
     HASH_UNIT_TOKENS_FIELD_NUMBER: _builtins.int
+    WINDOW_FIELD_NUMBER: _builtins.int
     dtype: _builtins.str
     """Encoding of an element: float32, bfloat16, float16, float8_e4m3."""
     num_layers: _builtins.int
@@ -668,6 +669,8 @@ class KvLayout(_message.Message):
     tp_size: _builtins.int
     tp_rank: _builtins.int
     hash_unit_tokens: _builtins.int
+    window: _builtins.int
+    """Tokens that a token sees in these layers, itself included; 0: all before it."""
     def __init__(
         self,
         *,
@@ -679,10 +682,11 @@ class KvLayout(_message.Message):
         tp_size: _builtins.int = ...,
         tp_rank: _builtins.int = ...,
         hash_unit_tokens: _builtins.int = ...,
+        window: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "dtype", b"dtype", "hash_unit_tokens", b"hash_unit_tokens", "head_dim", b"head_dim", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "tp_rank", b"tp_rank", "tp_size", b"tp_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "dtype", b"dtype", "hash_unit_tokens", b"hash_unit_tokens", "head_dim", b"head_dim", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "tp_rank", b"tp_rank", "tp_size", b"tp_size", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -797,6 +801,7 @@ class KvTicket(_message.Message):
     HMAC_FIELD_NUMBER: _builtins.int
     DIGESTS_FIELD_NUMBER: _builtins.int
     UNPINNED_FIELD_NUMBER: _builtins.int
+    MORE_LAYOUTS_FIELD_NUMBER: _builtins.int
     ticket_id: _builtins.str
     engine_epoch: _builtins.bytes
     """128 random bits, new at each engine start."""
@@ -818,6 +823,10 @@ class KvTicket(_message.Message):
     def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroupBlocks]: ...
     @_builtins.property
     def lease(self) -> Global___LeaseTerms: ...
+    @_builtins.property
+    def more_layouts(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvLayout]:
+        """Of the KV groups behind the first, whose layout is `layout`."""
+
     def __init__(
         self,
         *,
@@ -834,10 +843,11 @@ class KvTicket(_message.Message):
         hmac: _builtins.bytes = ...,
         digests: _builtins.bool = ...,
         unpinned: _builtins.bool = ...,
+        more_layouts: _abc.Iterable[Global___KvLayout] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "layout", b"layout", "lease", b"lease", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "block_hashes", b"block_hashes", "digests", b"digests", "engine_epoch", b"engine_epoch", "groups", b"groups", "hmac", b"hmac", "layout", b"layout", "lease", b"lease", "model_fingerprint", b"model_fingerprint", "num_tokens", b"num_tokens", "source", b"source", "ticket_id", b"ticket_id", "unpinned", b"unpinned"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "block_hashes", b"block_hashes", "digests", b"digests", "engine_epoch", b"engine_epoch", "groups", b"groups", "hmac", b"hmac", "layout", b"layout", "lease", b"lease", "model_fingerprint", b"model_fingerprint", "more_layouts", b"more_layouts", "num_tokens", b"num_tokens", "source", b"source", "ticket_id", b"ticket_id", "unpinned", b"unpinned"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

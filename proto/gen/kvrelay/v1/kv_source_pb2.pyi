@@ -67,6 +67,32 @@ class ConnectorOffer(_message.Message):
 Global___ConnectorOffer: _TypeAlias = ConnectorOffer  # noqa: Y015
 
 @_typing.final
+class PoolOffer(_message.Message):
+    """The pool of a KV group behind the first."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYOUT_FIELD_NUMBER: _builtins.int
+    OFFERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def layout(self) -> _common_pb2.KvLayout: ...
+    @_builtins.property
+    def offers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConnectorOffer]: ...
+    def __init__(
+        self,
+        *,
+        layout: _common_pb2.KvLayout | None = ...,
+        offers: _abc.Iterable[Global___ConnectorOffer] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "offers", b"offers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PoolOffer: _TypeAlias = PoolOffer  # noqa: Y015
+
+@_typing.final
 class ConnectRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -108,6 +134,7 @@ class ConnectResponse(_message.Message):
     OFFERS_FIELD_NUMBER: _builtins.int
     LAYOUTS_FIELD_NUMBER: _builtins.int
     EMBEDDING_LAYOUTS_FIELD_NUMBER: _builtins.int
+    MORE_POOLS_FIELD_NUMBER: _builtins.int
     engine_epoch: _builtins.bytes
     model_fingerprint: _builtins.bytes
     @_builtins.property
@@ -120,6 +147,10 @@ class ConnectResponse(_message.Message):
     def embedding_layouts(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.EmbeddingLayout]:
         """Of an encoder, instead of `layouts`; `model_fingerprint` is its encoder's then."""
 
+    @_builtins.property
+    def more_pools(self) -> _containers.RepeatedCompositeFieldContainer[Global___PoolOffer]:
+        """`layouts` and `offers` are those of the first KV group."""
+
     def __init__(
         self,
         *,
@@ -129,10 +160,11 @@ class ConnectResponse(_message.Message):
         offers: _abc.Iterable[Global___ConnectorOffer] | None = ...,
         layouts: _abc.Iterable[_common_pb2.KvLayout] | None = ...,
         embedding_layouts: _abc.Iterable[_common_pb2.EmbeddingLayout] | None = ...,
+        more_pools: _abc.Iterable[Global___PoolOffer] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["embedding_layouts", b"embedding_layouts", "engine_epoch", b"engine_epoch", "layouts", b"layouts", "model_fingerprint", b"model_fingerprint", "offers", b"offers", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["embedding_layouts", b"embedding_layouts", "engine_epoch", b"engine_epoch", "layouts", b"layouts", "model_fingerprint", b"model_fingerprint", "more_pools", b"more_pools", "offers", b"offers", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

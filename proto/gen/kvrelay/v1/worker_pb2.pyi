@@ -175,6 +175,7 @@ class WatchLoadResponse(_message.Message):
     LINKS_FIELD_NUMBER: _builtins.int
     CONNECTORS_FIELD_NUMBER: _builtins.int
     EMBEDDING_BLOCKS_FIELD_NUMBER: _builtins.int
+    SLIDING_BLOCKS_FIELD_NUMBER: _builtins.int
     requests_waiting: _builtins.int
     requests_waiting_remote_kv: _builtins.int
     requests_running: _builtins.int
@@ -201,6 +202,8 @@ class WatchLoadResponse(_message.Message):
     fallbacks: _builtins.int
     embedding_blocks: _builtins.int
     """Of the pool that prefill reads embeddings of images into, held by requests."""
+    sliding_blocks: _builtins.int
+    """In use, of layers with a window. The other counts of blocks are of the layers that see the whole context."""
     @_builtins.property
     def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___LinkReport]:
         """One for each peer and each connector that connected to it, until the peer goes or starts anew."""
@@ -237,10 +240,11 @@ class WatchLoadResponse(_message.Message):
         links: _abc.Iterable[Global___LinkReport] | None = ...,
         connectors: _abc.Iterable[Global___ConnectorReport] | None = ...,
         embedding_blocks: _builtins.int = ...,
+        sliding_blocks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_cached", b"blocks_cached", "blocks_in_use", b"blocks_in_use", "blocks_pinned", b"blocks_pinned", "blocks_quarantined", b"blocks_quarantined", "blocks_total", b"blocks_total", "connectors", b"connectors", "draining", b"draining", "embedding_blocks", b"embedding_blocks", "expired_leases", b"expired_leases", "failed_reads", b"failed_reads", "fallbacks", b"fallbacks", "handoff_bytes", b"handoff_bytes", "handoff_s", b"handoff_s", "leases", b"leases", "links", b"links", "prefix_blocks_pulled", b"prefix_blocks_pulled", "requests_running", b"requests_running", "requests_waiting", b"requests_waiting", "requests_waiting_remote_kv", b"requests_waiting_remote_kv", "stale_reads", b"stale_reads", "steps", b"steps", "streams", b"streams", "tasks", b"tasks", "tokens_queued", b"tokens_queued", "transfers", b"transfers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_cached", b"blocks_cached", "blocks_in_use", b"blocks_in_use", "blocks_pinned", b"blocks_pinned", "blocks_quarantined", b"blocks_quarantined", "blocks_total", b"blocks_total", "connectors", b"connectors", "draining", b"draining", "embedding_blocks", b"embedding_blocks", "expired_leases", b"expired_leases", "failed_reads", b"failed_reads", "fallbacks", b"fallbacks", "handoff_bytes", b"handoff_bytes", "handoff_s", b"handoff_s", "leases", b"leases", "links", b"links", "prefix_blocks_pulled", b"prefix_blocks_pulled", "requests_running", b"requests_running", "requests_waiting", b"requests_waiting", "requests_waiting_remote_kv", b"requests_waiting_remote_kv", "sliding_blocks", b"sliding_blocks", "stale_reads", b"stale_reads", "steps", b"steps", "streams", b"streams", "tasks", b"tasks", "tokens_queued", b"tokens_queued", "transfers", b"transfers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
