@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from engine_rig import EnginePair, make_generation, prompt_of
 from fake_runner import continuation
 from hypothesis import settings
@@ -20,12 +22,13 @@ LOST = ErrorInfo("TransferError", "ABORTED", "the stream was lost")
 class AnyOrder(RuleBasedStateMachine):
     """Small pools, so that hand-offs are refused and sequences preempted; reads land, fail or hang as drawn."""
 
+    sliding: ClassVar[dict[str, int]] = {}
+
     def __init__(self) -> None:
         super().__init__()
-        self.pair = EnginePair(
-            prefill={"kv_blocks": 24, "max_batched_tokens": 8, "max_num_seqs": 4, "max_pinned_share": 0.6},
-            decode={"kv_blocks": 16, "max_batched_tokens": 8, "max_num_seqs": 3, "decode_alone_tokens": 24},
-        )
+        prefill = {"kv_blocks": 24, "max_batched_tokens": 8, "max_num_seqs": 4, "max_pinned_share": 0.6}
+        decode = {"kv_blocks": 16, "max_batched_tokens": 8, "max_num_seqs": 3, "decode_alone_tokens": 24}
+        self.pair = EnginePair(prefill={**prefill, **self.sliding}, decode={**decode, **self.sliding})
         self.pair.lands_reads = False
         self.generations: dict[int, Generation] = {}
 
@@ -111,12 +114,19 @@ class AnyOrder(RuleBasedStateMachine):
         if block % 2:
             self.pair.reader.pool.clear_cache()
 
+    @rule(on_source=st.booleans())
+    def flush_the_cache_of_the_windows(self, on_source: bool) -> None:
+        group = (self.pair.source if on_source else self.pair.reader).sliding
+        if group is not None:
+            group.pool.clear_cache()
+
     # ------------------------------------------------------------------------------------ what must hold
 
     @invariant()
     def pools_are_sound(self) -> None:
         self.pair.source.load()
         self.pair.reader.load()
+        assert not self.pair.source.runner.wrong_windows and not self.pair.reader.runner.wrong_windows
 
     @invariant()
     def answers_are_exact(self) -> None:
@@ -144,5 +154,13 @@ class AnyOrder(RuleBasedStateMachine):
         self.pair.close()
 
 
+class AnyOrderWithWindows(AnyOrder):
+    """Some layers see the last tokens only, and have a small pool of their own."""
+
+    sliding: ClassVar[dict[str, int]] = {"window": 6, "sliding_blocks": 15}
+
+
 TestAnyOrder = AnyOrder.TestCase
 TestAnyOrder.settings = settings(deadline=None, max_examples=120, stateful_step_count=40)
+TestAnyOrderWithWindows = AnyOrderWithWindows.TestCase
+TestAnyOrderWithWindows.settings = settings(deadline=None, max_examples=80, stateful_step_count=40)
