@@ -74,11 +74,12 @@ class MediaReference(Struct, frozen=True, array_like=True):
     `content_hash`, and `first_row` tells them apart.
     """
 
-    content_hash: bytes  # `media_hash` of the bytes as the client sent them
+    content_hash: bytes  # `media_hash` of what the client sent
     offset: int  # of the first placeholder in the prompt
     num_tokens: int
     grid: tuple[int, int, int] = (0, 0, 0)  # patches in time, height, width, before merging; zeros: the family has none
     first_row: int = 0  # of the item's embedding, that the first placeholder takes
+    seconds_per_grid: float = 0.0  # from one step of the grid in time to the next; 0: the item is no video
 
 
 class Generation(Struct, frozen=True, kw_only=True):

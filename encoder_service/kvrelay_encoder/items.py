@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from kvrelay_core.error_info import error_of
 from kvrelay_core.errors import KvRelayError, WorkerLostError
 from kvrelay_core.media.media_hash import media_hash
+from kvrelay_core.media.video import MediaContent
 from kvrelay_engine.encoder_messages import EncodeItem, ItemEncoded
 from kvrelay_engine.messages import Abort, ReleaseTicket
 from kvrelay_transfer.ticket import EmbeddingTicket
@@ -32,7 +33,7 @@ class EncodeItems:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    async def encode(self, media: Sequence[bytes]) -> list[EmbeddingTicket]:
+    async def encode(self, media: Sequence[MediaContent]) -> list[EmbeddingTicket]:
         """In the order of `media`. Raises the first item's error, whose metadata `media_index` says which it is."""
         self._worker.check_accepting()
         if (silence := self._worker.engine.silence) is not None:
@@ -65,7 +66,7 @@ class EncodeItems:
                 self._worker.engine.notify(Abort(request_id, error.message))
         self.fail_all(WorkerLostError(error.message))
 
-    def _send(self, data: bytes, futures: dict[int, asyncio.Future[EmbeddingTicket]]) -> None:
+    def _send(self, data: MediaContent, futures: dict[int, asyncio.Future[EmbeddingTicket]]) -> None:
         request_id = next(self._worker.request_ids)
         fingerprint = self._worker.engine.started.model_fingerprint
         self._worker.engine.send(EncodeItem(request_id, media_hash(data, fingerprint), data))

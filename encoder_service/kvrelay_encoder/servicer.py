@@ -1,4 +1,4 @@
-"""EncoderService: media as bytes or data URLs, answered by one ticket each, in order."""
+"""EncoderService: media as bytes, data URLs or frames of a video, answered by one ticket each, in order."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from kvrelay.v1 import encoder_pb2, encoder_pb2_grpc
 from kvrelay_core.errors import DeadlineError, InvalidRequestError
 from kvrelay_core.media.data_url import read_data_url
 from kvrelay_core.media.limits import MediaLimits
+from kvrelay_core.media.video import MediaContent
+from kvrelay_core.media.video_header import check_video
+from kvrelay_core.rpc.wire import video_from_wire
 from kvrelay_encoder.items import EncodeItems
 from kvrelay_worker.embedding_wire import embedding_ticket_to_wire
 from kvrelay_worker.stream_end import Context, at_stream_end
@@ -34,7 +37,7 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
             raise DeadlineError("the media were not encoded before the request's deadline") from error
         return encoder_pb2.EncodeResponse(tickets=map(embedding_ticket_to_wire, tickets))
 
-    def _read(self, request: encoder_pb2.EncodeRequest) -> list[bytes]:
+    def _read(self, request: encoder_pb2.EncodeRequest) -> list[MediaContent]:
         if not request.media:
             raise InvalidRequestError("Encode names no media")
         if len(request.media) > self._limits.max_items:
@@ -43,7 +46,14 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServiceServicer):
             )
         return [self._read_item(item, index) for index, item in enumerate(request.media)]
 
-    def _read_item(self, item: pb.MediaItem, index: int) -> bytes:
+    def _read_item(self, item: pb.MediaItem, index: int) -> MediaContent:
+        if item.WhichOneof("source") == "video":
+            video = video_from_wire(item.video)
+            try:
+                check_video(video, self._limits)
+            except InvalidRequestError as error:
+                raise InvalidRequestError(f"media[{index}]: {error.message}", media_index=index) from error
+            return video
         max_bytes = self._limits.max_item_bytes
         data = read_data_url(item.url, max_bytes) if item.WhichOneof("source") == "url" else item.data
         if not data:

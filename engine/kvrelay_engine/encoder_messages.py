@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvrelay_core.media.video import MediaContent
 from kvrelay_core.request import ErrorInfo
 from kvrelay_engine.message_kinds import Command, Event
 from kvrelay_transfer.ticket import EmbeddingTicket
@@ -12,7 +13,7 @@ class EncodeItem(Command, frozen=True):
 
     id: int
     content_hash: bytes  # of `data`
-    data: bytes  # as the client sent them
+    data: MediaContent  # as the client sent it
 
 
 class ItemEncoded(Event, frozen=True):

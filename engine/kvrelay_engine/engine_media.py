@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from kvrelay_core.errors import KvRelayError, UnsupportedError
+from kvrelay_core.errors import InvalidRequestError, KvRelayError, UnsupportedError
 from kvrelay_core.media.mrope import MropePositions
-from kvrelay_core.request import MediaReference
+from kvrelay_core.request import Generation, MediaReference
 from kvrelay_engine.embedding_messages import EmbeddingChecked, EmbeddingSourceFailed
 from kvrelay_engine.embeddings.reader import EmbeddingReader, EmbeddingsLost
 from kvrelay_engine.load_messages import LinkLoad
@@ -43,7 +43,8 @@ class EngineMedia:
         """`num_cached` tokens are in the prefix cache now.
 
         Raises UnsupportedError for a model that takes no images, InvalidRequestError for grids that do not fit their
-        placeholders, MismatchError and PoolExhaustedError for tickets; then nothing is held.
+        placeholders and videos that last too long, MismatchError and PoolExhaustedError for tickets; then nothing is
+        held.
         """
         tickets = command.embeddings if isinstance(command, Prefill) else ()
         try:
@@ -63,9 +64,10 @@ class EngineMedia:
             return
         if self._traits is None:
             raise UnsupportedError("this worker's model takes no images; send text, or ask for another model")
-        if self._traits.merge_size is not None:
-            num_tokens = len(request.generation.prompt)
-            request.positions = MropePositions.of(num_tokens, media, self._traits.merge_size)
+        if self._traits.mrope is not None:
+            positions = MropePositions.of(len(request.generation.prompt), media, self._traits.mrope)
+            _check_positions(request.generation, positions.delta, self._traits.max_positions)
+            request.positions = positions
 
     def forget(self, request_id: int) -> None:
         """Idempotent."""
@@ -180,3 +182,14 @@ class EngineMedia:
     def check_integrity(self) -> None:
         if self.reader is not None:
             self.reader.check_integrity()
+
+
+def _check_positions(generation: Generation, delta: int, max_positions: int) -> None:
+    """Positions run ahead of tokens, by `delta`, where the time of a video is longer than its tokens are many."""
+    most = len(generation.prompt) + generation.sampling.max_tokens + delta
+    if delta > 0 and most > max_positions:
+        raise InvalidRequestError(
+            f"the prompt's video lasts so long that prompt and output reach position {most}; the model has "
+            f"{max_positions}; send fewer frames, or ask for fewer tokens",
+            field="media",
+        )

@@ -30,7 +30,7 @@ from kvrelay_transfer.staging_slots import StagingSlots
 def media_traits(model: ModelConfig) -> MediaTraits | None:
     """None: the model takes no images."""
     if model.mrope is not None:
-        return MediaTraits(model.hidden_size, merge_size=model.mrope.merge_size)
+        return MediaTraits(model.hidden_size, mrope=model.mrope, max_positions=model.max_model_len)
     return MediaTraits(model.hidden_size, whole_runs=True) if model.media_see_ahead else None
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvrelay_engine.rope_config import MropeConfig
+
 
 @dataclass(frozen=True, slots=True)
 class MediaTraits:
     """Of a model that takes images."""
 
     hidden_size: int  # of the embeddings that take the place of placeholders
-    merge_size: int | None = None  # with M-RoPE: patches a side that make one token; None: a token has one position
+    mrope: MropeConfig | None = None  # None: a token has one position
+    max_positions: int = 0  # with M-RoPE: that it has angles for
     whole_runs: bool = False  # tokens of an image see each other: no chunk and no cached prefix ends inside one

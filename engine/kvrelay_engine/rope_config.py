@@ -48,10 +48,11 @@ class RopeConfig:
 
 @dataclass(frozen=True, slots=True)
 class MropeConfig:
-    """Which of a token's three positions turns which dimensions, and what the positions of an image are of."""
+    """Which of a token's three positions turns which dimensions, and what the positions of images and videos are of."""
 
     sections: tuple[int, int, int]  # of D / 2 frequencies: those of time, then of height, then of width
     merge_size: int  # patches, in height and in width, that make one token
+    tokens_per_second: float = 4.0  # positions in time that make a second of video
 
 
 def read_rope(config: ConfigFields, max_positions: int) -> RopeConfig:

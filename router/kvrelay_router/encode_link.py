@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from kvrelay.v1.common_pb2 import EmbeddingTicket, MediaItem
+from kvrelay.v1.common_pb2 import EmbeddingTicket
 from kvrelay.v1.encoder_pb2 import EncodeRequest, EncodeResponse
 from kvrelay_core.errors import KvRelayError, MismatchError, UnavailableError
 from kvrelay_core.rpc import wire
@@ -62,7 +62,7 @@ class EncodeLink:
         inputs = [self._run.items[item] for item in items]
         request = EncodeRequest(
             attempt=wire.attempt_to_wire(self._run.attempt_id(action.leg, action.attempt)),
-            media=[MediaItem(mime_type=entry.mime_type, data=entry.data) for entry in inputs],
+            media=[wire.media_content_to_wire(entry.content, entry.mime_type) for entry in inputs],
             cache_salt=self._run.generation.cache_salt,
             deadline_s=self._run.time_left_s,
         )
@@ -100,7 +100,7 @@ class EncodeLink:
                 return MismatchError(f"encoder {encoder} left out an item that it was asked for; check its release")
             if ticket.num_tokens != self._run.media_rows[item]:
                 return MismatchError(
-                    f"encoder {encoder} makes {ticket.num_tokens} tokens of an image that has "
+                    f"encoder {encoder} makes {ticket.num_tokens} tokens of an item that has "
                     f"{self._run.media_rows[item]} in the prompt; start it and the router with one checkpoint"
                 )
         return {item: tickets[item] for item in items}

@@ -1,4 +1,4 @@
-"""The media of a request: their bytes, names and sizes. Other URLs than `data:` are fetched where that is allowed."""
+"""The media of a request: their content, names and sizes. Other URLs than `data:` are fetched where that is allowed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from kvrelay_core.media.data_url import is_data_url, read_data_url
 from kvrelay_core.media.image_header import ImageHeader, read_image_header
 from kvrelay_core.media.limits import MediaLimits
 from kvrelay_core.media.media_hash import media_hash
+from kvrelay_core.media.video import MediaContent, VideoFrames
+from kvrelay_core.media.video_header import read_video_header
+from kvrelay_core.rpc.wire import video_from_wire
 
 
 @dataclass(frozen=True, slots=True)
 class MediaInput:
     content_hash: bytes
-    data: bytes
+    content: MediaContent
     mime_type: str
-    header: ImageHeader
+    header: ImageHeader  # of an image, or of each frame of a video
 
 
 class MediaFetcher(Protocol):
@@ -48,8 +51,8 @@ async def read_media(
 ) -> tuple[MediaInput, ...]:
     """Decodes, names and measures them in a thread; before, what has to be is fetched, all at once.
 
-    Raises InvalidRequestError for what is no image or beyond the limits, UnsupportedError for what is not taken here,
-    and what the fetcher and `on_bytes` do.
+    Raises InvalidRequestError for what is neither image nor video, or beyond the limits, UnsupportedError for what is
+    not taken here, and what the fetcher and `on_bytes` do.
     """
     if not items:
         return ()
@@ -108,11 +111,22 @@ class MediaBudget:
 
 def _read(item: MediaItem, limits: MediaLimits, encoder_fingerprint: bytes, fetched: dict[str, bytes]) -> MediaInput:
     if item.mime_type and not item.mime_type.startswith("image/"):
-        raise UnsupportedError(f"media: {item.mime_type} is not taken here; send images", field="media")
-    if item.WhichOneof("source") != "url":
-        data = item.data
-    elif item.url in fetched:
-        data = fetched[item.url]
+        raise UnsupportedError(
+            f"media: {item.mime_type} is not taken here; send images, or a video's frames as images", field="media"
+        )
+    content = _content(item, limits, fetched)
+    if isinstance(content, VideoFrames):
+        header = read_video_header(content, limits)
     else:
-        data = read_data_url(item.url, limits.max_item_bytes)
-    return MediaInput(media_hash(data, encoder_fingerprint), data, item.mime_type, read_image_header(data, limits))
+        header = read_image_header(content, limits)
+    return MediaInput(media_hash(content, encoder_fingerprint), content, item.mime_type, header)
+
+
+def _content(item: MediaItem, limits: MediaLimits, fetched: dict[str, bytes]) -> MediaContent:
+    match item.WhichOneof("source"):
+        case "video":
+            return video_from_wire(item.video)
+        case "url":
+            return fetched[item.url] if item.url in fetched else read_data_url(item.url, limits.max_item_bytes)
+        case _:
+            return item.data

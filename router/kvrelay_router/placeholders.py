@@ -1,4 +1,4 @@
-"""Where images stand in a prompt: each one's mark becomes as many placeholder tokens as the model has rows for it.
+"""Where images and videos stand in a prompt: the mark of each becomes as many placeholder tokens as the model has rows.
 
 What the tokenizer must see is written into the text; the many placeholders, which are tokens of their own whatever
 stands beside them, are put in afterwards, between ids. Equal to what transformers' processors make of the same text.
@@ -6,14 +6,17 @@ stands beside them, are put in afterwards, between ids. Equal to what transforme
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvrelay_core.errors import ConfigError, InvalidRequestError
+from kvrelay_core.errors import ConfigError, InvalidRequestError, UnsupportedError
 from kvrelay_core.media.gemma_vision import num_views
+from kvrelay_core.media.mrope import mrope_delta
 from kvrelay_core.media.processor_config import GemmaProcessorConfig, ProcessorConfig, QwenProcessorConfig
-from kvrelay_core.media.qwen_vision import Grid, image_grid, num_tokens
+from kvrelay_core.media.qwen_vision import Grid, image_grid, num_tokens, seconds_per_grid, video_grid
+from kvrelay_core.media.video import VideoFrames
 from kvrelay_core.request import MediaReference
 from kvrelay_router.media_input import MediaInput
 from kvrelay_router.tokenizer import Tokenizer
@@ -22,42 +25,77 @@ NO_GRID: Grid = (0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
+class Kind:
+    """Of media: image or video."""
+
+    name: str
+    token_id: int  # of a placeholder
+    mark: str  # what a chat template writes for an item; empty without a tokenizer
+
+
+@dataclass(frozen=True, slots=True)
 class View:
     """One run of placeholders."""
 
     content_hash: bytes
+    kind: Kind
     num_tokens: int
     grid: Grid = NO_GRID
     first_row: int = 0
+    seconds_per_grid: float = 0.0
+
+    def placed(self, offset: int) -> MediaReference:
+        return MediaReference(
+            self.content_hash, offset, self.num_tokens, self.grid, self.first_row, self.seconds_per_grid
+        )
 
 
 class Placeholders(ABC):
-    def __init__(self, image_token_id: int, mark: str) -> None:
-        """`mark` is what a chat template writes for an image; empty without a tokenizer."""
-        self._image_token_id = image_token_id
-        self._mark = mark
+    def __init__(self, image: Kind, video: Kind | None = None) -> None:
+        """`video` is None where the model takes none."""
+        self._image = image
+        self._video = video
+        self._kinds = [kind for kind in (image, video) if kind is not None]
 
     @abstractmethod
     def views(self, item: MediaInput) -> list[View]:
-        """Raises InvalidRequestError for an image that the model cannot take."""
+        """Raises InvalidRequestError for an item that the model cannot take, UnsupportedError for a kind."""
 
-    @abstractmethod
+    def positions_ahead(self, media: Sequence[MediaReference]) -> int:
+        """By how much the position of a token behind the prompt is above its index; 0 where it is not."""
+        return 0
+
     def _replacement(self, item: MediaInput) -> str:
-        """Of the image's mark, with one placeholder for each of its views."""
+        """Of the item's mark, with one placeholder for each of its views."""
+        return self._kind_of(item).mark
+
+    def _kind_of(self, item: MediaInput) -> Kind:
+        if not isinstance(item.content, VideoFrames):
+            return self._image
+        if self._video is None:
+            raise UnsupportedError("media: this model takes no videos; send text and images only", field="media")
+        return self._video
 
     def write(self, text: str, items: Sequence[MediaInput]) -> str:
-        """The text with each mark replaced. Raises InvalidRequestError unless there are as many marks as images."""
-        pieces = text.split(self._mark)
-        if len(pieces) - 1 != len(items):
+        """The text with each mark replaced. Raises InvalidRequestError unless the marks are those of the items."""
+        marks = [kind.mark for kind in self._kinds]
+        pieces = re.split(f"({'|'.join(map(re.escape, marks))})", text)
+        found, expected = pieces[1::2], [self._kind_of(item).mark for item in items]
+        if len(found) != len(expected):
             raise InvalidRequestError(
-                f"the prompt has {len(pieces) - 1} marks {self._mark} for {len(items)} images; write one for each "
-                "image, in order, and none besides",
+                f"the prompt has {len(found)} marks {' or '.join(marks)} for {len(items)} images and videos; write one "
+                "for each, in order, and none besides",
                 field="media",
             )
-        replaced = [
-            piece for item, piece in zip(items, pieces[1:], strict=True) for piece in (self._replacement(item), piece)
-        ]
-        return "".join((pieces[0], *replaced))
+        for index, (mark, wanted) in enumerate(zip(found, expected, strict=True)):
+            if mark != wanted:
+                raise InvalidRequestError(
+                    f"mark {index} of the prompt is {mark}, that of media[{index}] is {wanted}; write them in the "
+                    "order of the media",
+                    field="media",
+                )
+        pieces[1::2] = map(self._replacement, items)
+        return "".join(pieces)
 
     def expand(
         self, token_ids: Sequence[int], items: Sequence[MediaInput]
@@ -67,49 +105,59 @@ class Placeholders(ABC):
         Raises InvalidRequestError for any other number of placeholders.
         """
         views = [view for item in items for view in self.views(item)]
-        ids, total = list(token_ids), sum(view.num_tokens for view in views)
-        found = ids.count(self._image_token_id)
-        if found not in (len(views), total):
+        total = sum(view.num_tokens for view in views)
+        tokens = {kind.token_id for kind in self._kinds}
+        places = [index for index, token in enumerate(token_ids) if token in tokens]
+        if len(places) not in (len(views), total):
             raise InvalidRequestError(
-                f"the prompt has {found} placeholders (token {self._image_token_id}), its images need {len(views)} to "
-                f"be expanded here, or all {total}",
+                f"the prompt has {len(places)} placeholders (tokens {', '.join(map(str, sorted(tokens)))}), its media "
+                f"need {len(views)} to be expanded here, or all {total}",
                 field="media",
             )
-        return self._lay_out(ids, views, is_expanded=found == total)
+        return _lay_out(list(token_ids), views, places, is_expanded=len(places) == total)
 
-    def _lay_out(
-        self, ids: list[int], views: list[View], *, is_expanded: bool
-    ) -> tuple[list[int], tuple[MediaReference, ...]]:
-        token, expanded, references, at = self._image_token_id, list[int](), [], 0
-        for view in views:
-            first = ids.index(token, at)
-            end = first + (view.num_tokens if is_expanded else 1)
-            if ids[first:end].count(token) != end - first:
-                raise InvalidRequestError(
-                    f"the placeholders from token {first} on are interrupted; this image needs {view.num_tokens} of "
-                    "them one after the other",
-                    field="media",
-                )
-            expanded += ids[at:first]
-            references.append(
-                MediaReference(view.content_hash, len(expanded), view.num_tokens, view.grid, view.first_row)
+
+def _lay_out(
+    ids: list[int], views: list[View], places: list[int], *, is_expanded: bool
+) -> tuple[list[int], tuple[MediaReference, ...]]:
+    expanded, references, at, num_passed = list[int](), [], 0, 0
+    for view in views:
+        count = view.num_tokens if is_expanded else 1
+        first = places[num_passed]
+        num_passed += count
+        if ids[first : first + count] != [view.kind.token_id] * count:
+            raise InvalidRequestError(
+                f"the placeholders from token {first} on are of another kind, or interrupted; this {view.kind.name} "
+                f"needs {count} of {view.kind.token_id}, one after the other",
+                field="media",
             )
-            expanded += [token] * view.num_tokens
-            at = end
-        return expanded + ids[at:], tuple(references)
+        expanded += ids[at:first]
+        references.append(view.placed(len(expanded)))
+        expanded += [view.kind.token_id] * view.num_tokens
+        at = first + count
+    return expanded + ids[at:], tuple(references)
 
 
 class QwenPlaceholders(Placeholders):
     def __init__(self, config: QwenProcessorConfig, tokenizer: Tokenizer | None) -> None:
-        super().__init__(config.image_token_id, _text_of(config.image_token_id, tokenizer))
+        image = Kind("image", config.image_token_id, _text_of(config.image_token_id, tokenizer))
+        video = None
+        if config.video is not None:
+            video = Kind("video", config.video.token_id, _text_of(config.video.token_id, tokenizer))
+        super().__init__(image, video)
         self._config = config
 
     def views(self, item: MediaInput) -> list[View]:
-        grid = image_grid(item.header.width, item.header.height, self._config)
-        return [View(item.content_hash, num_tokens(grid, self._config), grid)]
+        kind, (width, height) = self._kind_of(item), (item.header.width, item.header.height)
+        if isinstance(item.content, VideoFrames):
+            grid = video_grid(len(item.content.frames), width, height, self._config)
+            seconds = seconds_per_grid(item.content.fps, self._config)
+        else:
+            grid, seconds = image_grid(width, height, self._config), 0.0
+        return [View(item.content_hash, kind, num_tokens(grid, self._config), grid, seconds_per_grid=seconds)]
 
-    def _replacement(self, item: MediaInput) -> str:
-        return self._mark
+    def positions_ahead(self, media: Sequence[MediaReference]) -> int:
+        return max(0, mrope_delta(media, self._config))
 
 
 class GemmaPlaceholders(Placeholders):
@@ -118,13 +166,15 @@ class GemmaPlaceholders(Placeholders):
             _text_of(token_id, tokenizer)
             for token_id in (config.begin_token_id, config.image_token_id, config.end_token_id)
         )
-        super().__init__(config.image_token_id, begin)
+        super().__init__(Kind("image", config.image_token_id, begin))
         self._config = config
         self._view = f"\n\n{begin}{image}{end}\n\n"
 
     def views(self, item: MediaInput) -> list[View]:
-        tokens = self._config.view_tokens
-        return [View(item.content_hash, tokens, NO_GRID, index * tokens) for index in range(self._num_views(item))]
+        kind, tokens = self._kind_of(item), self._config.view_tokens
+        return [
+            View(item.content_hash, kind, tokens, first_row=index * tokens) for index in range(self._num_views(item))
+        ]
 
     def _replacement(self, item: MediaInput) -> str:
         crops = self._num_views(item) - 1

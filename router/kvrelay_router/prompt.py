@@ -1,4 +1,4 @@
-"""The prompt of a request as token ids: given as such, as text, or as chat messages, with the places of its images.
+"""The prompt of a request as token ids: given as such, as text, or as chat messages, with the places of its media.
 
 Knows the tokenizer; nothing of sampling or workers.
 """
@@ -25,6 +25,7 @@ class Prompt:
     token_ids: Sequence[int]
     media: tuple[MediaReference, ...] = ()
     items: tuple[MediaInput, ...] = ()  # what `media` refer to
+    positions_ahead: int = 0  # of the tokens behind it: their positions less their indices, where those are higher
 
 
 class PromptReader:
@@ -60,8 +61,8 @@ class PromptReader:
     ) -> Prompt:
         """Long texts, messages and media are worked on in a thread. `on_media_bytes` is told of bytes that are fetched.
 
-        Raises InvalidRequestError, or UnsupportedError when the checkpoint lacks a tokenizer or template, or media
-        may not be fetched; UnavailableError when that failed."""
+        Raises InvalidRequestError, or UnsupportedError when the checkpoint lacks a tokenizer or template, takes no
+        videos, or media may not be fetched; UnavailableError when that failed."""
         kind = request.WhichOneof("prompt")
         if kind is None:
             raise InvalidRequestError("no prompt; set one of text, token_ids, messages", field="prompt")
@@ -70,12 +71,12 @@ class PromptReader:
         if self._placeholders is None:
             return Prompt(token_ids)
         token_ids, media = self._placeholders.expand(token_ids, items)
-        return Prompt(token_ids, media, items)
+        return Prompt(token_ids, media, items, self._placeholders.positions_ahead(media))
 
     async def _token_ids(
         self, request: pb.GenerateRequest, kind: str, items: Sequence[MediaInput], max_model_len: int
     ) -> Sequence[int]:
-        """Of images, only as many placeholders as they have views."""
+        """Of media, only as many placeholders as they have views."""
         if kind == "token_ids":
             return request.token_ids.ids
         if self._tokenizer is None:
@@ -122,4 +123,6 @@ def _as_dict(message: pb.ChatMessage) -> dict[str, Any]:
 
 def _part_as_dict(part: pb.ContentPart) -> dict[str, str]:
     """As the templates of models that see expect it."""
-    return {"type": "image"} if part.HasField("media") else {"type": "text", "text": part.text}
+    if not part.HasField("media"):
+        return {"type": "text", "text": part.text}
+    return {"type": "video" if part.media.HasField("video") else "image"}

@@ -70,8 +70,9 @@ class RequestChecker:
 
     def complete(self, request: pb.GenerateRequest, prompt: Prompt, model: ServedModel) -> CheckedRequest:
         """With the prompt's tokens and the model that serves them. `check_envelope` came before."""
-        _check_prompt(prompt.token_ids, model)
-        sampling = self._resolve_sampling(request.sampling, len(prompt.token_ids), model)
+        _check_prompt(prompt, model)
+        num_taken = len(prompt.token_ids) + prompt.positions_ahead
+        sampling = self._resolve_sampling(request.sampling, num_taken, model)
         wire = request.sampling
         generation = Generation(
             prompt=tuple(prompt.token_ids),
@@ -107,10 +108,10 @@ class RequestChecker:
         for bias in wire.logit_bias.values():
             check_range("sampling.logit_bias", bias, LOGIT_BIAS_RANGE)
 
-    def _resolve_sampling(self, wire: WireSampling, num_prompt: int, model: ServedModel) -> SamplingParams:
-        room = model.max_model_len - num_prompt
+    def _resolve_sampling(self, wire: WireSampling, num_taken: int, model: ServedModel) -> SamplingParams:
+        room = model.max_model_len - num_taken
         max_tokens = wire.max_tokens if wire.HasField("max_tokens") else room
-        allowed = f"1 to {room}: the prompt's {num_prompt} tokens count too, and the model takes {model.max_model_len}"
+        allowed = f"1 to {room}: the prompt's {num_taken} tokens count too, and the model takes {model.max_model_len}"
         _require(max_tokens <= room, "sampling.max_tokens", max_tokens, allowed)
         allowed = f"0 to max_tokens, which is {max_tokens}"
         _require(wire.min_tokens <= max_tokens, "sampling.min_tokens", wire.min_tokens, allowed)
@@ -141,16 +142,24 @@ class RequestChecker:
         )
 
 
-def _check_prompt(prompt: Sequence[int], model: ServedModel) -> None:
-    if not prompt:
+def _check_prompt(prompt: Prompt, model: ServedModel) -> None:
+    num_tokens = len(prompt.token_ids)
+    if not num_tokens:
         raise InvalidRequestError("the prompt is empty; send at least one token", field="prompt")
-    if len(prompt) >= model.max_model_len:
+    if num_tokens >= model.max_model_len:
         raise InvalidRequestError(
-            f"the prompt has {len(prompt)} tokens; allowed: at most {model.max_model_len - 1}, so that one token of "
+            f"the prompt has {num_tokens} tokens; allowed: at most {model.max_model_len - 1}, so that one token of "
             f"output fits into the model's {model.max_model_len}",
             field="prompt",
         )
-    _check_ids("token_ids", prompt, model.vocab_size)
+    if num_tokens + prompt.positions_ahead >= model.max_model_len:
+        raise InvalidRequestError(
+            f"the prompt's video lasts so long that what comes behind it begins at position "
+            f"{num_tokens + prompt.positions_ahead}; the model has {model.max_model_len}; send fewer frames, or a "
+            "shorter part",
+            field="media",
+        )
+    _check_ids("token_ids", prompt.token_ids, model.vocab_size)
 
 
 def _check_ids(field: str, ids: Sequence[int], vocab_size: int) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kvrelay_core.clock import ManualClock
 from kvrelay_core.errors import InvalidRequestError
+from kvrelay_core.media.video import MediaContent, count_bytes
 from kvrelay_engine import messages
 from kvrelay_engine.embeddings.cache import EmbeddingCache
 from kvrelay_engine.embeddings.source import EmbeddingSource
@@ -78,10 +79,11 @@ class FakeTower:
         self.batches: list[list[bytes]] = []
         self.poison: bytes | None = None
 
-    def decoding_bytes(self, data: bytes) -> int:
-        return 10 * len(data)
+    def decoding_bytes(self, data: MediaContent) -> int:
+        return 10 * count_bytes(data)
 
-    def process(self, data: bytes) -> FakeInput:
+    def process(self, data: MediaContent) -> FakeInput:
+        assert isinstance(data, bytes)
         if data.startswith(b"bad"):
             raise InvalidRequestError("this is no image")
         return FakeInput(data)
@@ -105,7 +107,7 @@ class FakeDecoder:
     def is_idle(self) -> bool:
         return not self.submitted
 
-    def submit(self, data: bytes) -> Decoding[FakeInput]:
+    def submit(self, data: MediaContent) -> Decoding[FakeInput]:
         self.submitted.append(Decoding(data))
         return self.submitted[-1]
 

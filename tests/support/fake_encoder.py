@@ -17,15 +17,21 @@ from kvrelay.v1.kv_source_pb2_grpc import KvSourceServiceServicer, add_KvSourceS
 from kvrelay.v1.worker_pb2_grpc import WorkerServiceServicer, add_WorkerServiceServicer_to_server
 from kvrelay_core.errors import KvRelayError, UnsupportedError
 from kvrelay_core.media.media_hash import media_hash
+from kvrelay_core.media.video import MediaContent
 from kvrelay_core.rpc.server import RpcServer
+from kvrelay_core.rpc.wire import video_from_wire
 
 FINGERPRINT = b"tower"  # of every one that is not told otherwise
+
+
+def content_of(item: common_pb2.MediaItem) -> MediaContent:
+    return video_from_wire(item.video) if item.HasField("video") else item.data
 
 
 class EncodeCall:
     def __init__(self, request: encoder_pb2.EncodeRequest, fingerprint: bytes) -> None:
         self.request = request
-        self.hashes = [media_hash(item.data, fingerprint) for item in request.media]
+        self.hashes = [media_hash(content_of(item), fingerprint) for item in request.media]
         self.cancelled = asyncio.Event()
         self.answer: asyncio.Future[encoder_pb2.EncodeResponse] = asyncio.get_running_loop().create_future()
 

@@ -27,7 +27,9 @@ QWEN_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}"
     "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -63,6 +65,7 @@ def write_qwen(folder: Path, **image_settings: Any) -> Qwen2_5_VLProcessor:
     config = {
         "model_type": "qwen2_5_vl",
         "image_token_id": qwen_id("<|image_pad|>"),
+        "video_token_id": qwen_id("<|video_pad|>"),
         "eos_token_id": qwen_id("<|im_end|>"),
     }
     (folder / "config.json").write_text(json.dumps(config))
@@ -74,6 +77,7 @@ def write_qwen(folder: Path, **image_settings: Any) -> Qwen2_5_VLProcessor:
     image = Qwen2VLImageProcessorPil(**image_settings)
     processor = QwenImagesOnly(image, tokenizer, chat_template=QWEN_TEMPLATE)
     processor.save_pretrained(folder)
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(image_settings))
     return processor
 
 

@@ -28,6 +28,7 @@ class PlacedImage:
     offset: int
     rows: torch.Tensor
     grid: tuple[int, int, int] = (0, 0, 0)
+    seconds_per_grid: float = 0.0
 
     @property
     def num_tokens(self) -> int:
@@ -84,7 +85,7 @@ class ModelRig:
         num_blocks = -(-(len(prompt) + num_tokens) // self.block_tokens)
         blocks = [self.free_blocks.pop() for _ in range(num_blocks)]
         mrope = self.loaded.config.mrope
-        positions = MropePositions.of(len(prompt), images, mrope.merge_size) if mrope and images else None
+        positions = MropePositions.of(len(prompt), images, mrope) if mrope and images else None
         sequence = RigSequence(list(prompt), blocks, len(prompt), images=images, positions=positions)
         sequence.sliding_table = list(blocks)
         return sequence

@@ -41,7 +41,6 @@ CASES = {
     "long": VideoCase((3, 200, 9)),
     "high": VideoCase((2, 7, 90)),
     "patch of 14": VideoCase((3, 100, 75), {"min_pixels": 56 * 56, "max_pixels": 84 * 84}, every=3),
-    "its own bounds": VideoCase((4, 160, 120), every=61, settings={}),
     "other colours": VideoCase(
         (2, 33, 31), {**SMALL, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.25, 0.2], "rescale_factor": 1 / 127}
     ),

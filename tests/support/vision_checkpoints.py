@@ -36,14 +36,17 @@ _PARTS_TEMPLATE = (
     "<|start_of_role|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}"
     "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] in ('image', 'image_url') %}IMAGE{% else %}{{ part['text'] }}{% endif %}"
+    "{% if part['type'] in ('image', 'image_url') %}IMAGE{% elif part['type'] == 'video' %}VIDEO"
+    "{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}<|end_of_turn|>\n"
     "{% endfor %}"
     "{% if add_generation_prompt %}<|start_of_role|>assistant\n{% endif %}"
 )
 GEMMA_TOKENS = ("<start_of_image>", "<image_soft_token>", "<end_of_image>")
-QWEN_TEMPLATE = _PARTS_TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
-GEMMA_TEMPLATE = _PARTS_TEMPLATE.replace("IMAGE", "<start_of_image>")
+QWEN_TEMPLATE = _PARTS_TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>").replace(
+    "VIDEO", "<|vision_start|><|video_pad|><|vision_end|>"
+)
+GEMMA_TEMPLATE = _PARTS_TEMPLATE.replace("IMAGE", "<start_of_image>").replace("VIDEO", "")
 _TEXT: dict[str, Any] = {
     "num_hidden_layers": 2,
     "hidden_size": 64,

@@ -1,25 +1,30 @@
 """M-RoPE: the three-component positions that Qwen's vision-language models give to tokens.
 
-A text token has one position for time, height and width alike. The tokens of an image have those of its merged
-patches, counted from where the image begins; the text after it goes on after the longer side of the image, so that
-positions run behind the tokens' indices from there on. Knows nothing of tokens' ids, embeddings or frequencies.
+A text token has one position for time, height and width alike. The tokens of an image or a video have those of its
+merged patches, counted from where it begins; the text after it goes on behind the highest of them. So positions run
+behind the tokens' indices from there on, or ahead of them where a video is long: its steps in time are as far apart as
+the model counts seconds. Knows nothing of tokens' ids, embeddings or frequencies.
 
-Images only: the frames of a video are spaced by seconds, which are not known here.
+`transformers` since 5.3 has text go on behind the longer side of a video's frames, though their time may reach further;
+the models were trained as it is done here (docs/adr/0021).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 from kvrelay_core.errors import InvalidRequestError
 
+_SINGLE = struct.Struct("<f")
+
 Components = tuple[list[int], list[int], list[int]]  # time, height, width: one position a token
 
 
 class MediaItem(Protocol):
-    """An image in a prompt. Its tokens are the placeholders `offset : offset + num_tokens`."""
+    """An image or a video in a prompt. Its tokens are the placeholders `offset : offset + num_tokens`."""
 
     @property
     def offset(self) -> int: ...
@@ -28,6 +33,25 @@ class MediaItem(Protocol):
     @property
     def grid(self) -> tuple[int, int, int]:
         """Time, height and width in patches, before merging."""
+        ...
+
+    @property
+    def seconds_per_grid(self) -> float:
+        """From one of the grid's steps in time to the next; 0: it is an image, whose steps count one position each."""
+        ...
+
+
+class MropeScale(Protocol):
+    """What a model's configuration says of its positions."""
+
+    @property
+    def merge_size(self) -> int:
+        """Squared it is the number of patches that make one token."""
+        ...
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Positions in time that make a second of video."""
         ...
 
 
@@ -39,9 +63,9 @@ class MropePositions:
     delta: int
 
     @classmethod
-    def of(cls, num_prompt_tokens: int, media: Iterable[MediaItem], merge_size: int) -> MropePositions:
+    def of(cls, num_prompt_tokens: int, media: Iterable[MediaItem], scale: MropeScale) -> MropePositions:
         """See `mrope_positions`."""
-        return cls(*mrope_positions(num_prompt_tokens, media, merge_size))
+        return cls(*mrope_positions(num_prompt_tokens, media, scale))
 
     def between(self, start: int, end: int) -> Components:
         """Of the tokens `start : end`, which may lie before, across or behind the prompt's end."""
@@ -51,22 +75,26 @@ class MropePositions:
         return time, height, width
 
 
-def mrope_positions(num_prompt_tokens: int, media: Iterable[MediaItem], merge_size: int = 2) -> tuple[Components, int]:
+def mrope_positions(num_prompt_tokens: int, media: Iterable[MediaItem], scale: MropeScale) -> tuple[Components, int]:
     """The prompt's positions, and what to add to the index of a later token to have its position.
 
-    `media` is in the order of the prompt; `merge_size` squared patches make one token. Raises InvalidRequestError
-    where an item overlaps another, leaves the prompt, or has not as many tokens as its grid.
+    `media` is in the order of the prompt. Raises InvalidRequestError where an item overlaps another, leaves the prompt,
+    or has not as many tokens as its grid.
     """
     components: Components = ([], [], [])
     position = num_done = 0
     for item in media:
-        _check(item, num_done, num_prompt_tokens, merge_size)
+        _check(item, num_done, num_prompt_tokens, scale.merge_size)
         position = _add_text(components, position, item.offset - num_done)
-        position = _add_image(components, position, item.grid, merge_size)
+        position = _add_frames(components, position, item, scale)
         num_done = item.offset + item.num_tokens
-    _add_text(components, position, num_prompt_tokens - num_done)
-    highest = max(max(component, default=-1) for component in components)
-    return components, highest + 1 - num_prompt_tokens
+    position = _add_text(components, position, num_prompt_tokens - num_done)
+    return components, position - num_prompt_tokens
+
+
+def mrope_delta(media: Iterable[MediaItem], scale: MropeScale) -> int:
+    """What `mrope_positions` gives beside the positions, without making them: the same, at a cost by items."""
+    return sum(_extent(*_axes(item, scale)) - item.num_tokens for item in media)
 
 
 def _check(item: MediaItem, num_done: int, num_prompt_tokens: int, merge_size: int) -> None:
@@ -96,13 +124,34 @@ def _add_text(components: Components, position: int, num_tokens: int) -> int:
     return position + num_tokens
 
 
-def _add_image(components: Components, position: int, grid: Sequence[int], merge_size: int) -> int:
-    """The position after it: the longer side counts, not the number of tokens."""
-    frames, rows, columns = grid[0], grid[1] // merge_size, grid[2] // merge_size
+def _add_frames(components: Components, position: int, item: MediaItem, scale: MropeScale) -> int:
+    """The position after it."""
+    steps, rows, columns = _axes(item, scale)
     times, heights, widths = components
-    for time in range(position, position + frames):
+    for step in steps:
         for height in range(position, position + rows):
-            times.extend([time] * columns)
+            times.extend([position + step] * columns)
             heights.extend([height] * columns)
             widths.extend(range(position, position + columns))
-    return position + max(rows, columns)
+    return position + _extent(steps, rows, columns)
+
+
+def _extent(steps: list[int], rows: int, columns: int) -> int:
+    """Positions that it takes: of its longest side, or of its time, however many tokens there are."""
+    return max(steps[-1] + 1, rows, columns)
+
+
+def _axes(item: MediaItem, scale: MropeScale) -> tuple[list[int], int, int]:
+    """When each step of the grid is, counted from the item's first position; and tokens in height and in width."""
+    frames, height, width = item.grid
+    interval = 1.0
+    if item.seconds_per_grid:
+        interval = _float32(scale.tokens_per_second * _float32(item.seconds_per_grid))
+    times = [int(_float32(index * interval)) for index in range(frames)]
+    return times, height // scale.merge_size, width // scale.merge_size
+
+
+def _float32(value: float) -> float:
+    """The nearest number of 32 bits: the precision in which `transformers` counts time."""
+    rounded: float = _SINGLE.unpack(_SINGLE.pack(value))[0]
+    return rounded

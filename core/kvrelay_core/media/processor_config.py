@@ -1,7 +1,8 @@
-"""What a checkpoint says about how images are made into the model's input, from its configuration files alone.
+"""What a checkpoint says about how images and videos are made into the model's input, from configuration files alone.
 
-Written by transformers 4 and 5 under several names: `processor_config.json` may hold the image processor's settings
-itself, else they are in `preprocessor_config.json`. Knows nothing of weights.
+Written by transformers 4 and 5 under several names: `processor_config.json` may hold the settings itself, else those of
+images are in `preprocessor_config.json`, and those of videos in `video_preprocessor_config.json`; where that is missing
+the former hold for videos, too. Knows nothing of weights.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from kvrelay_core.checkpoint import read_json
 from kvrelay_core.errors import ConfigError
@@ -31,6 +32,14 @@ class PixelConfig(Struct, frozen=True, kw_only=True):
     std: Rgb
 
 
+class QwenVideoConfig(Struct, frozen=True, kw_only=True):
+    pixels: PixelConfig
+    min_pixels: int  # of a frame
+    max_pixels: int
+    max_tokens: int | None  # that bound a frame's pixels by the number of frames; None: nothing does
+    token_id: int
+
+
 class QwenProcessorConfig(Struct, frozen=True, kw_only=True):
     pixels: PixelConfig
     patch_size: int  # pixels of its side
@@ -39,6 +48,8 @@ class QwenProcessorConfig(Struct, frozen=True, kw_only=True):
     min_pixels: int
     max_pixels: int
     image_token_id: int
+    tokens_per_second: float  # positions in time that make a second of video
+    video: QwenVideoConfig | None = None  # None: it takes images only
 
 
 class PanAndScan(Struct, frozen=True, kw_only=True):
@@ -61,6 +72,15 @@ class GemmaProcessorConfig(Struct, frozen=True, kw_only=True):
 ProcessorConfig = QwenProcessorConfig | GemmaProcessorConfig
 
 
+class _Settings(Struct, frozen=True):
+    """What the files say, as plain data."""
+
+    config: dict[str, Any]
+    processor: dict[str, Any]
+    image: dict[str, Any]
+    video: dict[str, Any]  # empty where nothing is said of videos
+
+
 def read_processor_config(folder: Path) -> ProcessorConfig | None:
     """None for a model that takes no images, for none that this release knows, and for one whose folder says nothing
     about images. Raises ConfigError for settings that cannot be followed."""
@@ -69,33 +89,76 @@ def read_processor_config(folder: Path) -> ProcessorConfig | None:
     if read is None:
         return None
     processor = read_json(folder / "processor_config.json")
-    image = processor.get("image_processor") or read_json(folder / "preprocessor_config.json")
+    beside = read_json(folder / "preprocessor_config.json")
+    image = processor.get("image_processor") or beside
     if not image:
         return None
-    for flag in ("do_resize", "do_rescale", "do_normalize"):
-        if image.get(flag) is False:
-            raise ConfigError(f"{folder}: {flag} is false; only image processors that do it are served")
+    video = processor.get("video_processor") or read_json(folder / "video_preprocessor_config.json") or beside
     try:
-        return read(config, processor, image)
+        return read(_Settings(config, processor, image, video))
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{folder}: the image processor's settings are incomplete or malformed: {error!r}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{folder}: {error.message}") from error
 
 
-def _read_qwen(config: dict[str, Any], processor: dict[str, Any], image: dict[str, Any]) -> QwenProcessorConfig:
-    size = image.get("size") or {}
-    smallest, largest = size.get("shortest_edge", 56 * 56), size.get("longest_edge", 28 * 28 * 1280)
-    return QwenProcessorConfig(
+def _check_followed(settings: dict[str, Any]) -> None:
+    for flag in ("do_resize", "do_rescale", "do_normalize"):
+        if settings.get(flag) is False:
+            raise ConfigError(f"{flag} is false; only processors that do it are served")
+
+
+def _read_qwen(settings: _Settings) -> QwenProcessorConfig:
+    config, image = settings.config, settings.image
+    _check_followed(image)
+    min_pixels, max_pixels = _bounds(image, 56 * 56, 28 * 28 * 1280)
+    processor = QwenProcessorConfig(
         pixels=_pixels(image, _BICUBIC, _CLIP_MEAN, _CLIP_STD),
         patch_size=_count(image.get("patch_size", 14)),
         temporal_patch_size=_count(image.get("temporal_patch_size", 2)),
         merge_size=_count(image.get("merge_size", 2)),
-        min_pixels=_count(_given(image, "min_pixels", smallest)),
-        max_pixels=_count(_given(image, "max_pixels", largest)),
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
         image_token_id=int(config["image_token_id"]),
+        tokens_per_second=float(_given(config.get("vision_config") or {}, "tokens_per_second", 4)),
+    )
+    if not settings.video or config.get("video_token_id") is None:
+        return processor
+    return structs.replace(processor, video=_read_qwen_video(settings.video, processor, int(config["video_token_id"])))
+
+
+def _read_qwen_video(video: dict[str, Any], images: QwenProcessorConfig, token_id: int) -> QwenVideoConfig:
+    """Of a video processor, or of the image processor that stands for one where there is none."""
+    _check_followed(video)
+    for name, default in (("patch_size", 14), ("temporal_patch_size", 2), ("merge_size", 2)):
+        if video.get(name, default) != getattr(images, name):
+            raise ConfigError(
+                f"{name} is {video.get(name, default)} for videos and {getattr(images, name)} for images; only models "
+                "with one tower for both are served"
+            )
+    min_pixels, max_pixels = _bounds(video, 128 * 28 * 28, 28 * 28 * 768)
+    is_capped = bool(video.get("cap_pixels_per_frame"))
+    return QwenVideoConfig(
+        pixels=_pixels(video, _BICUBIC, _CLIP_MEAN, _CLIP_STD),
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        max_tokens=_count(_given(video, "max_video_tokens", 128_000)) if is_capped else None,
+        token_id=token_id,
     )
 
 
-def _read_gemma(config: dict[str, Any], processor: dict[str, Any], image: dict[str, Any]) -> GemmaProcessorConfig:
+def _bounds(settings: dict[str, Any], smallest: int, largest: int) -> tuple[int, int]:
+    """Pixels, at least and at most."""
+    size = settings.get("size") or {}
+    return (
+        _count(_given(settings, "min_pixels", size.get("shortest_edge", smallest))),
+        _count(_given(settings, "max_pixels", size.get("longest_edge", largest))),
+    )
+
+
+def _read_gemma(settings: _Settings) -> GemmaProcessorConfig:
+    config, processor, image = settings.config, settings.processor, settings.image
+    _check_followed(image)
     size = image.get("size") or {"height": 224, "width": 224}
     pan = None
     if image.get("do_pan_and_scan"):
@@ -117,7 +180,7 @@ def _read_gemma(config: dict[str, Any], processor: dict[str, Any], image: dict[s
     )
 
 
-_FAMILIES: dict[str, Callable[[dict[str, Any], dict[str, Any], dict[str, Any]], ProcessorConfig]] = {
+_FAMILIES: dict[str, Callable[[_Settings], ProcessorConfig]] = {
     "qwen2_5_vl": _read_qwen,
     "gemma3": _read_gemma,
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 from kvrelay.v1 import common_pb2 as pb
 from kvrelay_core.errors import InvalidRequestError
 from kvrelay_core.media.references import check_references
+from kvrelay_core.media.video import MediaContent, VideoFrames
 from kvrelay_core.request import (
     NO_SLO,
     AttemptId,
@@ -127,12 +128,23 @@ def media_reference_to_wire(reference: MediaReference) -> pb.MediaReference:
         num_tokens=reference.num_tokens,
         grid=pb.MediaGrid(t=t, h=h, w=w) if any(reference.grid) else None,
         first_row=reference.first_row,
+        seconds_per_grid=reference.seconds_per_grid,
     )
 
 
 def media_reference_from_wire(wire: pb.MediaReference) -> MediaReference:
     grid = (wire.grid.t, wire.grid.h, wire.grid.w)
-    return MediaReference(wire.content_hash, wire.offset, wire.num_tokens, grid, wire.first_row)
+    return MediaReference(wire.content_hash, wire.offset, wire.num_tokens, grid, wire.first_row, wire.seconds_per_grid)
+
+
+def media_content_to_wire(content: MediaContent, mime_type: str = "") -> pb.MediaItem:
+    if isinstance(content, VideoFrames):
+        return pb.MediaItem(mime_type=mime_type, video=pb.VideoFrames(frames=content.frames, fps=content.fps))
+    return pb.MediaItem(mime_type=mime_type, data=content)
+
+
+def video_from_wire(wire: pb.VideoFrames) -> VideoFrames:
+    return VideoFrames(tuple(wire.frames), wire.fps)
 
 
 def generation_to_wire(generation: Generation) -> pb.Generation:

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from typing import Generic
 
+from kvrelay_core.media.video import MediaContent
 from kvrelay_engine.encoder.decoding import Decoding
 from kvrelay_engine.encoder.tower import I, Processor
 
@@ -39,7 +40,7 @@ class DecodeThreads(Generic[I]):
         with self._changed:
             return not self._waiting and not self._num_running and not self._held_bytes
 
-    def submit(self, data: bytes) -> Decoding[I]:
+    def submit(self, data: MediaContent) -> Decoding[I]:
         decoding = Decoding[I](data)
         with self._changed:
             self._waiting.append(decoding)
@@ -94,7 +95,7 @@ class DecodeThreads(Generic[I]):
                     self._hold(decoding, needed)
         return decoding
 
-    def _measure(self, decoding: Decoding[I], data: bytes) -> int:
+    def _measure(self, decoding: Decoding[I], data: MediaContent) -> int:
         try:
             return self._processor.decoding_bytes(data)
         except Exception as error:

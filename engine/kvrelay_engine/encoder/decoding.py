@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Generic, Protocol
 
+from kvrelay_core.media.video import MediaContent
 from kvrelay_engine.encoder.tower import I
 
 
@@ -12,7 +13,7 @@ class Decoding(Generic[I]):
 
     __slots__ = ("data", "error", "held_bytes", "is_running", "is_unwanted", "result")
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: MediaContent) -> None:
         self.data = data
         self.result: I | None = None
         self.error: Exception | None = None
@@ -27,7 +28,7 @@ class Decoder(Protocol[I]):
         """Nothing waits, is decoded, or is decoded and held."""
         ...
 
-    def submit(self, data: bytes) -> Decoding[I]: ...
+    def submit(self, data: MediaContent) -> Decoding[I]: ...
 
     def take_finished(self) -> list[Decoding[I]]:
         """Those that ended since the last call and that somebody wants."""

@@ -30,6 +30,7 @@ from kvrelay_core.errors import (
     PoolExhaustedError,
     RequestCancelledError,
 )
+from kvrelay_core.media.video import count_bytes
 from kvrelay_core.request import ErrorInfo
 from kvrelay_engine.config import EngineConfig
 from kvrelay_engine.embeddings.cache import CachedItem, EmbeddingCache
@@ -138,7 +139,7 @@ class EncoderEngine:
             return
         job = self._jobs.get(command.content_hash)
         if job is None:
-            if self._queued_bytes + len(command.data) > MAX_QUEUED_BYTES:
+            if self._queued_bytes + count_bytes(command.data) > MAX_QUEUED_BYTES:
                 self._fail(command.id, OverloadedError("too many images wait to be encoded; ask another encoder"))
                 return
             job = self._begin(command)
@@ -146,7 +147,7 @@ class EncoderEngine:
 
     def _begin(self, command: EncodeItem) -> _Job:
         decoding = self._decoder.submit(command.data)
-        job = _Job(next(self._numbers), command.content_hash, decoding, len(command.data))
+        job = _Job(next(self._numbers), command.content_hash, decoding, count_bytes(command.data))
         self._jobs[command.content_hash] = self._decoding[decoding] = job
         self._queued_bytes += job.size_bytes
         return job

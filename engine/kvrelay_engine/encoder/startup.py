@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kvrelay_core.clock import Clock
+from kvrelay_core.media.video import MediaContent
 from kvrelay_engine.config import EngineConfig
 from kvrelay_engine.embeddings.cache import EmbeddingCache
 from kvrelay_engine.embeddings.source import EmbeddingSource
@@ -50,10 +51,10 @@ class ModelTower:
         self.hidden_size = loaded.hidden_size
         self.dtype = loaded.dtype
 
-    def decoding_bytes(self, data: bytes) -> int:
+    def decoding_bytes(self, data: MediaContent) -> int:
         return self._loaded.processor.decoding_bytes(data)
 
-    def process(self, data: bytes) -> ImageInput:
+    def process(self, data: MediaContent) -> ImageInput:
         return self._loaded.processor.process(data)
 
     def encode(self, inputs: Sequence[ImageInput]) -> list[Tensor]:

@@ -7,6 +7,8 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
+from kvrelay_core.media.video import MediaContent
+
 
 class MediaInput(Protocol):
     """A decoded item, ready for the tower."""
@@ -35,12 +37,13 @@ Taken = TypeVar("Taken", bound=MediaInput, contravariant=True)
 class Processor(Protocol[Made]):
     """May be called from several threads."""
 
-    def decoding_bytes(self, data: bytes) -> int:
+    def decoding_bytes(self, data: MediaContent) -> int:
         """The most that `process` takes, told without decoding. Raises KvRelayError as `process` does."""
         ...
 
-    def process(self, data: bytes) -> Made:
-        """Decodes an item. Raises InvalidRequestError for what is no image, or too large a one."""
+    def process(self, data: MediaContent) -> Made:
+        """Decodes an item. Raises InvalidRequestError for what is no image, or too large a one, UnsupportedError for a
+        video that the model cannot take."""
         ...
 
 

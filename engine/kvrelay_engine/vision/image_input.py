@@ -1,4 +1,4 @@
-"""What lies between a picture's bytes and its embeddings, and who makes and takes it."""
+"""What lies between the bytes of a picture or a video and its embeddings, and who makes and takes it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Protocol
 
 from torch import Tensor
 
+from kvrelay_core.media.video import MediaContent
+
 
 @dataclass(frozen=True, slots=True)
 class ImageInput:
-    """A picture, ready for the tower of its family."""
+    """A picture or a video, ready for the tower of its family."""
 
     pixels: Tensor  # float32 on the CPU; each family's processor says how it is laid out
     grid: tuple[int, int, int]  # (time, height, width), counted in what the family's processor says
@@ -24,12 +26,13 @@ class ImageInput:
 
 
 class ImageProcessor(Protocol):
-    def decoding_bytes(self, data: bytes) -> int:
-        """About the most that `process` takes, by the picture's header. Raises InvalidRequestError as it does."""
+    def decoding_bytes(self, data: MediaContent) -> int:
+        """About the most that `process` takes, by headers. Raises what it raises."""
         ...
 
-    def process(self, data: bytes) -> ImageInput:
-        """Decodes a picture and prepares it. Raises InvalidRequestError where it is not one or too large.
+    def process(self, data: MediaContent) -> ImageInput:
+        """Decodes a picture, or the frames of a video, and prepares it. Raises InvalidRequestError where it is not one
+        or too large, UnsupportedError for a video where the model takes none.
 
         Takes a CPU core for as long as it lasts (decoding dominates) and may be called from several threads.
         """
@@ -38,8 +41,8 @@ class ImageProcessor(Protocol):
 
 class VisionTower(Protocol):
     def encode(self, images: Sequence[ImageInput]) -> list[Tensor]:
-        """Each picture's embeddings [num_tokens, hidden size of the text model], in the tower's dtype and device.
+        """Each item's embeddings [num_tokens, hidden size of the text model], in the tower's dtype and device.
 
-        Pictures of a batch know nothing of each other, whatever their sizes.
+        Items of a batch know nothing of each other, whatever their sizes.
         """
         ...

@@ -16,6 +16,7 @@ from kvrelay_core.request import MediaReference
 UNIT = 4
 CAT, DOG = b"c" * 32, b"d" * 32
 IMAGE = MediaReference(CAT, offset=5, num_tokens=6, grid=(1, 4, 6))  # in units 1 and 2
+VIDEO = replace(IMAGE, seconds_per_grid=1.0)
 TOKENS = list(range(20))
 
 
@@ -30,6 +31,14 @@ def test_golden_vectors() -> None:
         "63" * 32 + "0100000000000000" + "06000000" + "00000000" + "01000000" + "04000000" + "06000000",
         "63" * 32 + "fdffffffffffffff" + "06000000" + "00000000" + "01000000" + "04000000" + "06000000",
     ]
+
+
+def test_a_golden_vector_of_a_video() -> None:
+    [_, first, _] = media_keys([VIDEO], UNIT)
+    assert first.hex() == (
+        "63" * 32 + "0100000000000000" + "06000000" + "ffffffff" + "01000000" + "04000000" + "06000000"
+        + "000000000000f03f"
+    )  # fmt: skip
 
 
 def test_text_has_the_hashes_that_it_always_had() -> None:
@@ -50,11 +59,19 @@ def test_an_image_changes_its_units_and_those_behind_it() -> None:
         replace(IMAGE, num_tokens=5),
         replace(IMAGE, first_row=6),
         replace(IMAGE, grid=(1, 6, 4)),
+        VIDEO,
+        replace(IMAGE, first_row=0xFFFF_FFFF),
     ],
 )
 def test_another_image_or_the_same_elsewhere_or_cut_otherwise_never_hits(other: MediaReference) -> None:
     assert hashes(IMAGE) == hashes(replace(IMAGE))
     assert not set(hashes(IMAGE)[1:]) & set(hashes(other))
+
+
+def test_a_video_at_another_rate_never_hits() -> None:
+    assert hashes(VIDEO) == hashes(replace(VIDEO))
+    for other in (replace(VIDEO, seconds_per_grid=2.0), replace(VIDEO, offset=6), replace(VIDEO, content_hash=DOG)):
+        assert not set(hashes(VIDEO)[1:]) & set(hashes(other))
 
 
 @given(st.lists(st.tuples(st.sampled_from([CAT, DOG]), st.integers(0, 3), st.integers(1, 9)), max_size=5))
@@ -93,6 +110,10 @@ def test_what_comes_behind_a_prefix_does_not_change_it(second: int, cut: int) ->
         [replace(IMAGE, num_tokens=16)],
         [IMAGE, replace(IMAGE, offset=10)],
         [replace(IMAGE, offset=12), IMAGE],
+        [replace(VIDEO, seconds_per_grid=-1.0)],
+        [replace(VIDEO, seconds_per_grid=float("nan"))],
+        [replace(VIDEO, seconds_per_grid=float("inf"))],
+        [replace(VIDEO, first_row=1)],
     ],
 )
 def test_references_outside_the_prompt_or_in_each_others_way_are_refused(media: list[MediaReference]) -> None:

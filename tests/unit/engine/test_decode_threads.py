@@ -10,6 +10,7 @@ import pytest
 from encoder_rig import FakeInput
 
 from kvrelay_core.errors import InvalidRequestError
+from kvrelay_core.media.video import MediaContent
 from kvrelay_engine.encoder.decode_threads import DecodeThreads
 from kvrelay_engine.encoder.decoding import Decoding
 
@@ -25,12 +26,14 @@ class Processor:
         self._let: set[bytes] = set()
         self._all = False
 
-    def decoding_bytes(self, data: bytes) -> int:
+    def decoding_bytes(self, data: MediaContent) -> int:
+        assert isinstance(data, bytes)
         if data == b"no header":
             raise InvalidRequestError("no image")
         return 10 * len(data)
 
-    def process(self, data: bytes) -> FakeInput:
+    def process(self, data: MediaContent) -> FakeInput:
+        assert isinstance(data, bytes)
         with self.changed:
             self.begun.append(data)
             self.changed.notify_all()

@@ -15,6 +15,7 @@ from kvrelay_core.media.processor_config import (
     GemmaProcessorConfig,
     PanAndScan,
     QwenProcessorConfig,
+    QwenVideoConfig,
     read_processor_config,
 )
 
@@ -67,6 +68,72 @@ def test_settings_within_the_processors_file_win(tmp_path: Path) -> None:
     assert isinstance(config, GemmaProcessorConfig)
     assert config.pan_and_scan == PanAndScan(min_crop_size=256, max_crops=3, min_ratio=1.2)
     assert config.view_tokens == 16
+
+
+SMALL_VIDEO = {"size": {"shortest_edge": 300, "longest_edge": 6000}, "image_std": [0.5, 0.5, 0.5]}
+
+
+def video_of(folder: Path) -> QwenVideoConfig | None:
+    config = read_processor_config(folder)
+    assert isinstance(config, QwenProcessorConfig)
+    return config.video
+
+
+def test_videos_settings_are_where_transformers_looks_for_them(tmp_path: Path) -> None:
+    """In the processor's file, in one of their own, or else they are those of images."""
+    write(tmp_path, {**QWEN, "video_token_id": 8}, preprocessor_config={"min_pixels": 3136, "max_pixels": 12845056})
+    video = video_of(tmp_path)
+    assert video is not None
+    assert (video.token_id, video.min_pixels, video.max_pixels, video.max_tokens) == (8, 3136, 12845056, None)
+    write(tmp_path, {**QWEN, "video_token_id": 8}, video_preprocessor_config={"do_sample_frames": True})
+    video = video_of(tmp_path)
+    assert video is not None
+    assert (video.min_pixels, video.max_pixels) == (128 * 28 * 28, 768 * 28 * 28)
+    write(
+        tmp_path,
+        {**QWEN, "video_token_id": 8},
+        processor_config={"video_processor": {**SMALL_VIDEO, "cap_pixels_per_frame": True, "max_video_tokens": 99}},
+    )
+    video = video_of(tmp_path)
+    assert video is not None
+    assert (video.min_pixels, video.max_pixels, video.max_tokens) == (300, 6000, 99)
+    assert video.pixels.std == (0.5, 0.5, 0.5)
+
+
+def test_a_model_whose_files_do_not_name_videos_takes_none(tmp_path: Path) -> None:
+    write(tmp_path, QWEN, preprocessor_config={"min_pixels": 3136})
+    assert video_of(tmp_path) is None, "no token"
+    images = tmp_path / "images only"
+    images.mkdir()
+    write(images, {**QWEN, "video_token_id": 8}, processor_config={"image_processor": {"min_pixels": 3136}})
+    assert video_of(images) is None, "no settings"
+
+
+def test_the_pace_of_time_is_that_of_the_config(tmp_path: Path) -> None:
+    for vision, expected in (({"tokens_per_second": 2}, 2.0), ({}, 4.0)):
+        write(tmp_path, {**QWEN, "vision_config": vision}, preprocessor_config={"min_pixels": 3136})
+        config = read_processor_config(tmp_path)
+        assert isinstance(config, QwenProcessorConfig)
+        assert config.tokens_per_second == expected
+
+
+@pytest.mark.parametrize(
+    ("video", "message"),
+    [
+        ({"patch_size": 16}, "patch_size is 16 for videos and 14 for images"),
+        ({"temporal_patch_size": 1}, "temporal_patch_size is 1"),
+        ({"do_normalize": False}, "do_normalize is false"),
+        ({"min_pixels": 0}, "1 or more"),
+    ],
+)
+def test_settings_of_videos_that_cannot_be_followed_are_refused(
+    tmp_path: Path, video: dict[str, Any], message: str
+) -> None:
+    write(
+        tmp_path, {**QWEN, "video_token_id": 8}, preprocessor_config={"min_pixels": 9}, video_preprocessor_config=video
+    )
+    with pytest.raises(ConfigError, match=message):
+        read_processor_config(tmp_path)
 
 
 def test_a_text_model_has_none(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The arithmetic on sizes equals that of transformers' image processors, for any size."""
+"""The arithmetic on sizes equals that of transformers' processors, for any size."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from msgspec import structs
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference_resize
 
 from kvrelay_core.errors import InvalidRequestError
 from kvrelay_core.media.gemma_vision import crop_boxes
-from kvrelay_core.media.processor_config import PanAndScan, PixelConfig, QwenProcessorConfig
-from kvrelay_core.media.qwen_vision import image_grid, num_tokens, smart_resize
+from kvrelay_core.media.processor_config import PanAndScan, PixelConfig, QwenProcessorConfig, QwenVideoConfig
+from kvrelay_core.media.qwen_vision import image_grid, num_tokens, resize_frames, smart_resize, video_grid
 
 PIXELS = PixelConfig(resample=3, rescale_factor=1 / 255, mean=(0, 0, 0), std=(1, 1, 1))
 SIDE = st.integers(1, 12_000)
@@ -26,7 +27,7 @@ def qwen(
 ) -> QwenProcessorConfig:
     return QwenProcessorConfig(
         pixels=PIXELS, patch_size=patch_size, temporal_patch_size=2, merge_size=merge_size, min_pixels=min_pixels,
-        max_pixels=max_pixels, image_token_id=1,
+        max_pixels=max_pixels, image_token_id=1, tokens_per_second=2,
     )  # fmt: skip
 
 
@@ -56,6 +57,37 @@ def test_qwen_sizes_equal_the_reference(
     grid = image_grid(width, height, config)
     assert math.prod(grid) == processor.get_number_of_image_patches(height, width)
     assert num_tokens(grid, config) * patch[1] ** 2 == math.prod(grid)
+
+
+def video_config(min_pixels: int, max_pixels: int, max_tokens: int | None = None) -> QwenProcessorConfig:
+    video = QwenVideoConfig(
+        pixels=PIXELS, min_pixels=min_pixels, max_pixels=max_pixels, max_tokens=max_tokens, token_id=2
+    )
+    return structs.replace(qwen(), video=video)
+
+
+@given(SIDE, SIDE, st.integers(1, 9), st.sampled_from([(100352, 602112), (3136, 12845056)]))
+def test_frames_of_a_video_have_bounds_of_their_own(
+    width: int, height: int, num_frames: int, bounds: tuple[int, int]
+) -> None:
+    config = video_config(*bounds)
+    try:
+        expected = reference_resize(height, width, 28, *bounds)
+    except ValueError:
+        with pytest.raises(InvalidRequestError, match="200"):
+            video_grid(num_frames, width, height, config)
+        return
+    assert resize_frames(num_frames, width, height, config) == expected[::-1]
+    steps, rows, columns = video_grid(num_frames, width, height, config)
+    assert (steps, rows * 14, columns * 14) == (math.ceil(num_frames / 2), *expected)
+
+
+def test_frames_may_share_a_number_of_tokens() -> None:
+    """Of 1000 tokens nine tenths, 705,600 pixels: half of it for each of 4 frames, and never less than the least."""
+    config = video_config(100352, 602112, max_tokens=1000)
+    for num_frames, most in ((2, 602112), (4, 352800), (5, 282240), (1000, 105369)):
+        expected = reference_resize(1080, 1920, 28, 100352, most)
+        assert resize_frames(num_frames, 1920, 1080, config) == expected[::-1]
 
 
 @given(

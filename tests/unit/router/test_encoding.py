@@ -252,7 +252,7 @@ async def test_a_broken_image_is_the_clients_fault_and_asked_of_nobody_else(make
 async def test_an_encoder_that_counts_otherwise_is_a_mismatch(make_relay: RelayMaker) -> None:
     relay = await make_relay(num_encoders=1)
     behave(relay, num_tokens=ROWS + 1)
-    with pytest.raises(MismatchError, match="5 tokens of an image that has 4"):
+    with pytest.raises(MismatchError, match="5 tokens of an item that has 4"):
         await done(look(relay, CAT))
 
 

@@ -188,7 +188,7 @@ def item(data: bytes = IMAGES[0], **more: Any) -> common_pb2.MediaItem:
     ("request_", "error", "message"),
     [
         (pb.GenerateRequest(text="no mark", media=[item()]), InvalidRequestError, "0 marks"),
-        (pb.GenerateRequest(text="<|image_pad|>"), InvalidRequestError, "1 marks .* for 0 images"),
+        (pb.GenerateRequest(text="<|image_pad|>"), InvalidRequestError, "1 marks .* for 0 images and videos"),
         (pb.GenerateRequest(text="<|image_pad|>" * 2, media=[item()]), InvalidRequestError, "2 marks"),
         (pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1, 2]), media=[item()]), InvalidRequestError, "0 placeholders"),
         (pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1, PAD])), InvalidRequestError, "1 placeholders"),

@@ -14,6 +14,7 @@ from kvrelay_engine.rope_config import MropeConfig, RopeConfig, read_rope_sectio
 ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
 _DEFAULT_THETA = 1_000_000.0
 _DEFAULT_SECTIONS = (16, 24, 24)
+_DEFAULT_TOKENS_PER_SECOND = 4.0
 
 
 def read_config(fields: ConfigFields) -> ModelConfig:
@@ -46,4 +47,7 @@ def _read_mrope(fields: ConfigFields, text: ConfigFields) -> MropeConfig:
     merge_size = vision.integer("spatial_merge_size", 2)
     if merge_size < 1:
         raise ConfigError(f"{fields.name}: spatial_merge_size must be at least 1, not {merge_size}")
-    return MropeConfig((sections[0], sections[1], sections[2]), merge_size)
+    tokens_per_second = vision.number("tokens_per_second", _DEFAULT_TOKENS_PER_SECOND)
+    if not tokens_per_second >= 0:
+        raise ConfigError(f"{fields.name}: tokens_per_second must not be negative, but is {tokens_per_second}")
+    return MropeConfig((sections[0], sections[1], sections[2]), merge_size, tokens_per_second)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from kvrelay_core.errors import ConfigError
+from kvrelay_core.errors import ConfigError, UnsupportedError
 from kvrelay_core.media.gemma_vision import crop_boxes, num_views
 from kvrelay_core.media.limits import MediaLimits
 from kvrelay_core.media.processor_config import GemmaProcessorConfig, ProcessorConfig
+from kvrelay_core.media.video import MediaContent, VideoFrames
 from kvrelay_engine.vision.gemma3.config import GemmaVisionConfig
 from kvrelay_engine.vision.image_decoding import decode_image, decoding_bytes
 from kvrelay_engine.vision.image_input import ImageInput
@@ -25,15 +26,15 @@ class GemmaImageProcessor:
         self._limits = limits
         self._scale_pixels = PixelScaler(config.pixels)
 
-    def decoding_bytes(self, data: bytes) -> int:
+    def decoding_bytes(self, data: MediaContent) -> int:
         """See `ImageProcessor.decoding_bytes`."""
-        header, num_bytes = decoding_bytes(data, self._limits)
+        header, num_bytes = decoding_bytes(_picture_of(data), self._limits)
         view_bytes = self._config.width * self._config.height * 3 * 4
         return num_bytes + 2 * view_bytes * num_views(header.width, header.height, self._config)
 
-    def process(self, data: bytes) -> ImageInput:
+    def process(self, data: MediaContent) -> ImageInput:
         """See `ImageProcessor.process`."""
-        config, image = self._config, decode_image(data, self._limits)
+        config, image = self._config, decode_image(_picture_of(data), self._limits)
         crops = [image.crop(box) for box in crop_boxes(image.width, image.height, config.pan_and_scan)]
         views = [self._scale_pixels(view, config.width, config.height) for view in (image, *crops)]
         return ImageInput(
@@ -42,6 +43,12 @@ class GemmaImageProcessor:
             num_patches=len(views) * self._patches_per_view,
             num_tokens=len(views) * config.view_tokens,
         )
+
+
+def _picture_of(data: MediaContent) -> bytes:
+    if isinstance(data, VideoFrames):
+        raise UnsupportedError("media: Gemma 3 takes no videos; send frames as images", field="media")
+    return data
 
 
 def make_processor(processor: ProcessorConfig, tower: GemmaVisionConfig, limits: MediaLimits) -> GemmaImageProcessor:

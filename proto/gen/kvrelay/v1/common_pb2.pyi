@@ -312,27 +312,59 @@ class TokenLogprobs(_message.Message):
 Global___TokenLogprobs: _TypeAlias = TokenLogprobs  # noqa: Y015
 
 @_typing.final
+class VideoFrames(_message.Message):
+    """Frames that the client has sampled, in order of time. No container is decoded anywhere."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FRAMES_FIELD_NUMBER: _builtins.int
+    FPS_FIELD_NUMBER: _builtins.int
+    fps: _builtins.float
+    """How many of them make a second."""
+    @_builtins.property
+    def frames(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Each an image's file, upright all of one size."""
+
+    def __init__(
+        self,
+        *,
+        frames: _abc.Iterable[_builtins.bytes] | None = ...,
+        fps: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fps", b"fps", "frames", b"frames"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VideoFrames: _TypeAlias = VideoFrames  # noqa: Y015
+
+@_typing.final
 class MediaItem(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MIME_TYPE_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     URL_FIELD_NUMBER: _builtins.int
+    VIDEO_FIELD_NUMBER: _builtins.int
     mime_type: _builtins.str
     data: _builtins.bytes
     url: _builtins.str
+    @_builtins.property
+    def video(self) -> Global___VideoFrames: ...
     def __init__(
         self,
         *,
         mime_type: _builtins.str = ...,
         data: _builtins.bytes = ...,
         url: _builtins.str = ...,
+        video: Global___VideoFrames | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "source", b"source", "url", b"url"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "source", b"source", "url", b"url", "video", b"video"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "mime_type", b"mime_type", "source", b"source", "url", b"url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "mime_type", b"mime_type", "source", b"source", "url", b"url", "video", b"video"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["data", "url"]  # noqa: Y015
+    _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["data", "url", "video"]  # noqa: Y015
     _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_source) -> _WhichOneofReturnType_source | None: ...
 
@@ -379,12 +411,15 @@ class MediaReference(_message.Message):
     TICKET_FIELD_NUMBER: _builtins.int
     GRID_FIELD_NUMBER: _builtins.int
     FIRST_ROW_FIELD_NUMBER: _builtins.int
+    SECONDS_PER_GRID_FIELD_NUMBER: _builtins.int
     content_hash: _builtins.bytes
     offset: _builtins.int
     """First placeholder position in the prompt, and how many placeholders there are."""
     num_tokens: _builtins.int
     first_row: _builtins.int
     """Row of the item's embedding that the first placeholder takes."""
+    seconds_per_grid: _builtins.float
+    """From one of the grid's steps in time to the next; 0: the item is no video."""
     @_builtins.property
     def ticket(self) -> Global___EmbeddingTicket: ...
     @_builtins.property
@@ -400,10 +435,11 @@ class MediaReference(_message.Message):
         ticket: Global___EmbeddingTicket | None = ...,
         grid: Global___MediaGrid | None = ...,
         first_row: _builtins.int = ...,
+        seconds_per_grid: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["grid", b"grid", "ticket", b"ticket"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_hash", b"content_hash", "first_row", b"first_row", "grid", b"grid", "num_tokens", b"num_tokens", "offset", b"offset", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_hash", b"content_hash", "first_row", b"first_row", "grid", b"grid", "num_tokens", b"num_tokens", "offset", b"offset", "seconds_per_grid", b"seconds_per_grid", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
