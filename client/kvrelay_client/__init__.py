@@ -4,6 +4,7 @@ from kvrelay_client.async_client import AsyncClient, GenerateStream
 from kvrelay_client.client import BlockingGenerateStream, Client
 from kvrelay_client.requests import GenerateOptions, SamplingOptions
 from kvrelay_client.responses import Completion, Delta, Finish, ModelInfo, Timing
+from kvrelay_core.media.video import VideoFrames
 from kvrelay_core.rpc.channel import TlsFiles
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "SamplingOptions",
     "Timing",
     "TlsFiles",
+    "VideoFrames",
 ]

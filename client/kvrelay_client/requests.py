@@ -7,6 +7,8 @@ from typing import Any, TypedDict
 
 from kvrelay.v1 import common_pb2, inference_pb2
 from kvrelay_core.errors import InvalidRequestError
+from kvrelay_core.media.video import VideoFrames
+from kvrelay_core.rpc.wire import media_content_to_wire
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -30,6 +32,8 @@ class SamplingOptions(TypedDict, total=False):
     logit_bias: Mapping[int, float]
 
 
+Media = bytes | str | VideoFrames  # an image file's bytes, an image's URL, or frames of a video that were sampled
+
 # {"role": ..., "content": a text, or a sequence of content parts}; a part is a mapping as `_part` takes it.
 Message = Mapping[str, Any]
 
@@ -42,7 +46,7 @@ class GenerateOptions(SamplingOptions, total=False):
     priority: int
     ttft_ms: float
     itl_ms: float
-    media: Sequence[bytes | str]  # of a prompt or token ids, in order: an image file's bytes, or a URL
+    media: Sequence[Media]  # of a prompt or token ids, in order
 
 
 def build_request(
@@ -104,12 +108,19 @@ def _part(part: Mapping[str, Any]) -> inference_pb2.ContentPart:
             return inference_pb2.ContentPart(media=_media_item(image))
         case {"type": "image_url", "image_url": {"url": str() as url}}:
             return inference_pb2.ContentPart(media=_media_item(url))
+        case {"type": "video", "video": list() | tuple() as frames, "fps": int() | float() as fps}:
+            return inference_pb2.ContentPart(media=_media_item(VideoFrames(tuple(frames), fps)))
+        case {"type": "video", "video": VideoFrames() as video}:
+            return inference_pb2.ContentPart(media=_media_item(video))
     raise InvalidRequestError(
-        'a content part must be {"type": "text", "text": ...}, {"type": "image", "image": bytes or URL} or '
-        '{"type": "image_url", "image_url": {"url": ...}}',
+        'a content part must be {"type": "text", "text": ...}, {"type": "image", "image": bytes or URL}, '
+        '{"type": "image_url", "image_url": {"url": ...}} or {"type": "video", "video": [bytes of each frame], '
+        '"fps": frames a second}',
         field="messages",
     )
 
 
-def _media_item(media: bytes | str) -> common_pb2.MediaItem:
-    return common_pb2.MediaItem(url=media) if isinstance(media, str) else common_pb2.MediaItem(data=media)
+def _media_item(media: Media) -> common_pb2.MediaItem:
+    if isinstance(media, str):
+        return common_pb2.MediaItem(url=media)
+    return media_content_to_wire(media)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import glob
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +18,7 @@ import msgspec
 from kvrelay_cli import flag_types
 from kvrelay_cli.flags import add_tls_flags
 from kvrelay_core.errors import ConfigError, InvalidRequestError
+from kvrelay_core.media.video import VideoFrames
 
 if TYPE_CHECKING:
     from kvrelay_client import Delta, Finish
@@ -28,6 +31,7 @@ With --json, one object: {"token_ids", "text", "finish_reason", "usage", "timing
 examples:
   kvrelay generate --target 127.0.0.1:50051 --prompt "Once upon a time" --max-tokens 64
   kvrelay generate --target 127.0.0.1:50051 --image cat.png --prompt "What is this?" --max-tokens 64
+  kvrelay generate --target 127.0.0.1:50051 --video-frames 'clip/*.jpg' --fps 2 --prompt "What happens?"
   kvrelay generate --target 127.0.0.1:50051 --token-ids 1,2,3 --max-tokens 8 --temperature 0 --json
   kvrelay generate --target 127.0.0.1:50051 --prompt "Roses are" --temperature 0.8 --top-p 0.9 --seed 7 --n 2
 """
@@ -64,6 +68,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="an image, before the text of --prompt, which then is a chat message; with --token-ids, one for each "
         "placeholder; may be repeated",
+    )
+    parser.add_argument(
+        "--video-frames",
+        metavar="GLOB",
+        help="a video: the images that match, in the order of the numbers in their names; behind the images. It has to "
+        "be sampled before, such as by ffmpeg -i clip.mp4 -vf fps=2 clip/%%04d.jpg",
+    )
+    parser.add_argument(
+        "--fps", type=flag_types.number(0.001), metavar="HZ", help="how many of the frames make a second"
     )
     parser.add_argument("--model", default="", metavar="NAME", help="served model; default: the only one")
     parser.add_argument("--json", action="store_true", help="one JSON object at the end instead of the stream")
@@ -105,23 +118,44 @@ def request_of(args: argparse.Namespace) -> dict[str, Any]:
     given["timeout_s"] = args.timeout
     given["model"] = args.model
     given["logit_bias"] = dict(args.logit_bias) if args.logit_bias else None
-    if args.image:
-        images = [read_image(path) for path in args.image]
+    media: list[bytes | VideoFrames] = [read_image(path, "--image") for path in args.image or ()]
+    if args.video_frames is None and args.fps is not None:
+        raise ConfigError("--fps is the rate of --video-frames, of which there are none")
+    if args.video_frames is not None:
+        media.append(read_video(args.video_frames, args.fps))
+    if media:
         text = given.pop("prompt")
-        given["media" if text is None else "messages"] = images if text is None else [_message(images, text)]
+        given["media" if text is None else "messages"] = media if text is None else [_message(media, text)]
     return {name: value for name, value in given.items() if value is not None}
 
 
-def read_image(path: Path) -> bytes:
+def read_image(path: Path, flag: str) -> bytes:
     """As it is in the file: router and encoder look into it."""
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"cannot read --image {path}: {error.strerror}") from error
+        raise ConfigError(f"cannot read {flag} {path}: {error.strerror}") from error
 
 
-def _message(images: list[bytes], text: str) -> dict[str, Any]:
-    parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+def read_video(pattern: str, fps: float | None) -> VideoFrames:
+    if fps is None:
+        raise ConfigError("--video-frames needs --fps: how many of the frames make a second")
+    paths = sorted(map(Path, glob.glob(pattern)), key=_by_numbers)
+    if not paths:
+        raise ConfigError(f"no file matches --video-frames {pattern}; quote the pattern, so that the shell leaves it")
+    return VideoFrames(tuple(read_image(path, "--video-frames") for path in paths), fps)
+
+
+def _by_numbers(path: Path) -> list[tuple[str, int]]:
+    """Frame 10 comes behind frame 9, with zeros in front or without."""
+    return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", path.name)]
+
+
+def _message(media: list[bytes | VideoFrames], text: str) -> dict[str, Any]:
+    parts: list[dict[str, Any]] = [
+        {"type": "image", "image": item} if isinstance(item, bytes) else {"type": "video", "video": item}
+        for item in media
+    ]
     return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
 
 

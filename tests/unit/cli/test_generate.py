@@ -12,6 +12,7 @@ from kvrelay_cli.commands import generate
 from kvrelay_cli.main import main
 from kvrelay_client import Delta, Finish, GenerateOptions, SamplingOptions, Timing
 from kvrelay_core.errors import ConfigError
+from kvrelay_core.media.video import VideoFrames
 from kvrelay_core.request import FinishReason, HandoffTiming, TokenLogprobs, Usage
 
 TIMING = Timing(0.1, 0.2, 0.3, 0.01, 0.02, 1, "prefill-0", "decode-0", HandoffTiming(10, 0.5, 1, 2, "shm"))
@@ -50,6 +51,30 @@ def test_images_go_before_the_text_of_a_message_or_beside_token_ids(tmp_path: Pa
     assert sent == {"token_ids": (1, 2), "media": [b"cat"], "model": ""}
     with pytest.raises(ConfigError, match="cannot read --image"):
         request_of("--prompt", "x", "--image", str(tmp_path / "none.png"))
+
+
+def test_a_videos_frames_go_behind_the_images_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    (tmp_path / "cat.png").write_bytes(b"cat")
+    for number in (10, 2, 1):
+        (tmp_path / f"shot-{number}.jpg").write_bytes(b"%d" % number)
+    given = ("--image", str(tmp_path / "cat.png"), "--video-frames", str(tmp_path / "shot-*.jpg"), "--fps", "2.5")
+    video = VideoFrames((b"1", b"2", b"10"), 2.5)
+    parts = [{"type": "image", "image": b"cat"}, {"type": "video", "video": video}, {"type": "text", "text": "what?"}]
+    assert request_of("--prompt", "what?", *given)["messages"] == [{"role": "user", "content": parts}]
+    assert request_of("--token-ids", "1,2", *given)["media"] == [b"cat", video]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--video-frames", "*.jpg"], "needs --fps"),
+        (["--video-frames", "/nowhere/*.jpg", "--fps", "1"], "no file matches"),
+        (["--fps", "1"], "there are none"),
+    ],
+)
+def test_a_video_needs_frames_and_a_rate(flags: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        request_of("--prompt", "x", *flags)
 
 
 def test_every_sampling_option_of_the_client_has_a_flag() -> None:

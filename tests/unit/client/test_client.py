@@ -13,7 +13,7 @@ from checkpoint_tokenizer import write_tokenizer
 from fake_relay import Relay, RelayMaker
 from fake_worker import VOCAB_SIZE, decode_well, prefill_well, token_of
 
-from kvrelay_client import Client, Completion, Delta, Finish, ModelInfo
+from kvrelay_client import Client, Completion, Delta, Finish, ModelInfo, VideoFrames
 from kvrelay_client.requests import build_request
 from kvrelay_client.responses import collect
 from kvrelay_core.errors import InternalError, InvalidRequestError, UnknownModelError, WorkerLostError
@@ -58,7 +58,22 @@ def test_content_parts_and_media() -> None:
     assert [item.WhichOneof("source") for item in request.media] == ["data", "url"]
 
 
-@pytest.mark.parametrize("part", [{"type": "audio"}, {"type": "text"}, {"type": "image", "image": 5}, {}])
+def test_a_video_is_frames_and_their_rate() -> None:
+    parts = [
+        {"type": "video", "video": [b"one", b"two"], "fps": 2},
+        {"type": "video", "video": VideoFrames((b"three",), 0.5)},
+    ]
+    request = build_request(None, None, [{"role": "user", "content": parts}], {})
+    videos = [part.media.video for part in request.messages.messages[0].content]
+    assert [(list(video.frames), video.fps) for video in videos] == [([b"one", b"two"], 2.0), ([b"three"], 0.5)]
+    request = build_request("x", None, None, {"media": [VideoFrames((b"four",), 1.0)]})
+    assert request.media[0].video.frames == [b"four"]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [{"type": "video", "video": [b"one"]}, {"type": "audio"}, {"type": "text"}, {"type": "image", "image": 5}, {}],
+)
 def test_unknown_content_parts_are_refused(part: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequestError, match="a content part must be"):
         build_request(None, None, [{"role": "user", "content": [part]}], {})
