@@ -28,6 +28,10 @@ class VisionCase:
         self.maker = QuestionMaker(self.reference)
 
     @cached_property
+    def video_questions(self) -> list[Question]:
+        return self.maker.every_video_layout()
+
+    @cached_property
     def questions(self) -> list[Question]:
         return self.maker.every_layout()
 

@@ -1,4 +1,4 @@
-"""Prompts with pictures in every place, with the answers of `transformers`: to these pictures, and to another one.
+"""Prompts with pictures and videos in every place, and the answers of `transformers`: to these, and with another one.
 
 Each can be asked in several ways that must make one prompt of it. Their answers do not hang on rounding.
 """
@@ -12,8 +12,11 @@ from string import ascii_lowercase
 from typing import Any
 
 from checkpoint_tokenizer import SPECIAL_TOKENS
+from video_frames import draw_frames, encode_frames
 from vision_checkpoints import VOCAB_SIZE, as_bytes, draw_picture
 from vision_reference import VisionReference
+
+from kvrelay_core.media.video import MediaContent, VideoFrames
 
 NUM_TOKENS = 8
 MIN_MARGIN = 1e-3  # between the best two logits of every token: far above what rounding does
@@ -22,8 +25,14 @@ _MAX_SEEDS = 50
 SIZES = {"A": (64, 40), "B": (48, 48), "C": (31, 100)}
 PICTURES = {name: as_bytes(draw_picture(*size, seed=index)) for index, (name, size) in enumerate(SIZES.items())}
 OTHERS = {name: as_bytes(draw_picture(*size, seed=9 + index)) for index, (name, size) in enumerate(SIZES.items())}
+# Of an even and of an odd number of frames; to the other one they come in another order, or at another rate.
+_FRAMES = {"V": tuple(encode_frames(draw_frames(4, 40, 28))), "W": tuple(encode_frames(draw_frames(5, 27, 34)))}
+VIDEOS = {"V": VideoFrames(_FRAMES["V"], 2.0), "W": VideoFrames(_FRAMES["W"], 3.0)}
+OTHER_VIDEOS = {"V": VideoFrames(_FRAMES["V"][::-1], 2.0), "W": VideoFrames(_FRAMES["W"], 1.0)}
+MEDIA: dict[str, MediaContent] = {**PICTURES, **VIDEOS}
+OTHER_MEDIA: dict[str, MediaContent] = {**OTHERS, **OTHER_VIDEOS}
 
-Layout = Sequence[int | str]  # so much text, or the name of a picture
+Layout = Sequence[int | str]  # so much text, or the name of a picture or a video
 CHATS: dict[str, Layout] = {
     "middle": (20, "A", 30),
     "first": ("A", 40),
@@ -32,8 +41,16 @@ CHATS: dict[str, Layout] = {
     "adjacent": (10, "A", "B", "C", 14),
     "twice": (5, "B", 20, "B", 7),
 }
+VIDEO_CHATS: dict[str, Layout] = {
+    "video": (20, "V", 30),
+    "odd video": ("W", 40),
+    "video, image": (10, "V", 7, "A", 14),
+    "image, video": (10, "A", 7, "V", 14),
+    "two videos": (5, "V", 9, "B", 3, "W", 5),
+}
 # Nothing but placeholders at either end: the first or the last token of all is an image's.
 BARE: dict[str, Layout] = {"very first": ("B", 25), "very last": (25, "B")}
+VIDEO_BARE: dict[str, Layout] = {"video very first": ("V", 25), "video very last": (25, "W")}
 
 
 @dataclass
@@ -41,27 +58,27 @@ class Question:
     name: str
     ids: list[int]  # with all placeholders
     collapsed: list[int]  # with one for each view
-    pictures: list[bytes]
-    others: list[bytes]  # the same, but for the last one
+    media: list[MediaContent]
+    others: list[MediaContent]  # the same, but for the last one
     parts: list[dict[str, Any]] = field(default_factory=list)  # of the one message that makes these ids, if one does
     text: str = ""  # the same, as the chat template writes it
     answer: list[int] = field(default_factory=list)
     other_answer: list[int] = field(default_factory=list)
 
-    def messages(self, pictures: Sequence[bytes]) -> list[dict[str, Any]]:
-        left = iter(pictures)
-        content = [part if part["type"] == "text" else {**part, "image": next(left)} for part in self.parts]
+    def messages(self, media: Sequence[MediaContent]) -> list[dict[str, Any]]:
+        left = iter(media)
+        content = [part if part["type"] == "text" else {**part, part["type"]: next(left)} for part in self.parts]
         return [{"role": "user", "content": content}]
 
     def ways(self) -> list[dict[str, Any]]:
         """To ask it, as options of a request; by messages first, where that can be done."""
-        by_ids = [{"token_ids": ids, "media": self.pictures} for ids in (self.ids, self.collapsed)]
+        by_ids = [{"token_ids": ids, "media": self.media} for ids in (self.ids, self.collapsed)]
         if not self.parts:
             return by_ids
-        return [{"messages": self.messages(self.pictures)}, {"prompt": self.text, "media": self.pictures}, *by_ids]
+        return [{"messages": self.messages(self.media)}, {"prompt": self.text, "media": self.media}, *by_ids]
 
     def other(self) -> dict[str, Any]:
-        """To ask it with another picture."""
+        """To ask it with another picture or video."""
         if self.parts:
             return {"messages": self.messages(self.others)}
         return {"token_ids": self.ids, "media": self.others}
@@ -74,64 +91,71 @@ class QuestionMaker:
         self._num_tokens = num_tokens
 
     def every_layout(self) -> list[Question]:
+        """Of pictures."""
         chats = [self.chat(name, layout) for name, layout in CHATS.items()]
         return chats + [self.bare(name, layout) for name, layout in BARE.items()]
 
+    def every_video_layout(self) -> list[Question]:
+        chats = [self.chat(name, layout) for name, layout in VIDEO_CHATS.items()]
+        return chats + [self.bare(name, layout) for name, layout in VIDEO_BARE.items()]
+
     def chat(self, name: str, layout: Layout) -> Question:
-        """A message with text and pictures."""
+        """A message with text, pictures and videos."""
 
         def make(generator: random.Random) -> Question:
             parts: list[dict[str, Any]] = [
-                {"type": "image"} if isinstance(part, str) else {"type": "text", "text": _text(generator, part)}
+                {"type": "text", "text": _text(generator, part)}
+                if isinstance(part, int)
+                else {"type": "video" if part in VIDEOS else "image"}
                 for part in layout
             ]
-            pictures, others = _pictures(layout)
-            text, ids = self._reference.prompt([{"role": "user", "content": parts}], pictures)
-            return Question(name, ids, self._collapse(ids, pictures), pictures, others, parts, text)
+            media, others = _media(layout)
+            text, ids = self._reference.prompt([{"role": "user", "content": parts}], media)
+            return Question(name, ids, self._collapse(ids, media), media, others, parts, text)
 
         return self._decisive(name, make)
 
     def bare(self, name: str, layout: Layout, after: Question | None = None) -> Question:
-        """Tokens: any, and those of pictures of one view with nothing around them. `after` that question's answer."""
+        """Tokens: any, and those of media of one view with nothing around them. `after` that question's answer."""
 
         def make(generator: random.Random) -> Question:
-            pictures, others = _pictures(layout)
+            media, others = _media(layout)
             ids: list[int] = []
             if after is not None:
                 ids = [*after.ids, *after.answer]
-                others = [*(after.pictures if pictures else after.others), *others]
-                pictures = [*after.pictures, *pictures]
+                others = [*(after.media if media else after.others), *others]
+                media = [*after.media, *media]
             for part in layout:
                 if isinstance(part, int):
                     ids += [generator.randrange(VOCAB_SIZE - 2 * len(SPECIAL_TOKENS)) for _ in range(part)]
                 else:
-                    [size] = self._reference.num_placeholders(PICTURES[part])
-                    ids += [self._reference.pad] * size
-            return Question(name, ids, self._collapse(ids, pictures), pictures, others)
+                    [size] = self._reference.num_placeholders(MEDIA[part])
+                    ids += [self._reference.pad_of(MEDIA[part])] * size
+            return Question(name, ids, self._collapse(ids, media), media, others)
 
         return self._decisive(name, make)
 
     def spliced(self, name: str, first: Question, num_tokens: int, layout: Layout) -> Question:
         """The first question's first tokens, which have all its pictures, and others behind them."""
-        begun = Question(name, first.ids[:num_tokens], [], first.pictures, first.others)
+        begun = Question(name, first.ids[:num_tokens], [], first.media, first.others)
         return self.bare(name, layout, begun)
 
-    def _collapse(self, ids: Sequence[int], pictures: Sequence[bytes]) -> list[int]:
-        sizes = [size for picture in pictures for size in self._reference.num_placeholders(picture)]
+    def _collapse(self, ids: Sequence[int], media: Sequence[MediaContent]) -> list[int]:
+        sizes = [size for item in media for size in self._reference.num_placeholders(item)]
         collapsed, at = list[int](), 0
         while at < len(ids):
             collapsed.append(ids[at])
-            at += sizes.pop(0) if ids[at] == self._reference.pad else 1
+            at += sizes.pop(0) if ids[at] in self._reference.pads else 1
         assert not sizes
         return collapsed
 
     def _decisive(self, name: str, make: Callable[[random.Random], Question]) -> Question:
         for seed in range(_MAX_SEEDS):
             question = make(random.Random(f"{name} {seed}"))
-            question.answer, margin = self._reference.answer(question.ids, question.pictures, self._num_tokens)
+            question.answer, margin = self._reference.answer(question.ids, question.media, self._num_tokens)
             question.other_answer, other = self._reference.answer(question.ids, question.others, self._num_tokens)
             # A placeholder in an answer that is asked on would be taken for a picture's.
-            is_clear = min(margin, other) >= MIN_MARGIN and self._reference.pad not in question.answer
+            is_clear = min(margin, other) >= MIN_MARGIN and not set(self._reference.pads) & set(question.answer)
             if is_clear and question.answer != question.other_answer:
                 return question
         raise AssertionError(f"no prompt laid out as {name!r} has a decisive answer")
@@ -151,8 +175,8 @@ def _text(generator: random.Random, num_letters: int) -> str:
     return "".join(generator.choices(ascii_lowercase + " ", k=num_letters))
 
 
-def _pictures(layout: Layout) -> tuple[list[bytes], list[bytes]]:
+def _media(layout: Layout) -> tuple[list[MediaContent], list[MediaContent]]:
     """And the same with another one in the last one's place."""
     names = [part for part in layout if isinstance(part, str)]
-    pictures = [PICTURES[name] for name in names]
-    return pictures, [*pictures[:-1], OTHERS[names[-1]]] if names else list(pictures)
+    media = [MEDIA[name] for name in names]
+    return media, [*media[:-1], OTHER_MEDIA[names[-1]]] if names else list(media)

@@ -1,11 +1,13 @@
 """`transformers` on the whole, for the checkpoints of `vision_checkpoints`: processor, tower and text model.
 
-It answers greedily, and says how far the answer hangs on rounding. Knows nothing of what is tested.
+It answers greedily, and says how far the answer hangs on rounding. Knows nothing of what is tested, but for the pixels
+of videos.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from io import BytesIO
@@ -16,14 +18,18 @@ import torch
 from checkpoint_tokenizer import BEGIN_OF_TEXT, END_OF_TEXT, media_token_id
 from checkpoints import quiet_transformers
 from PIL import Image
+from rope_reference import count_time
 from vision_checkpoints import GEMMA_TOKENS, QWEN_TOKENS, VOCAB_SIZE
+
+from kvrelay_core.media.video import MediaContent, VideoFrames
+from kvrelay_engine.vision.loader import load_tower
 
 
 class VisionReference(ABC):
-    """Prompts are token ids with all placeholders; pictures are files."""
+    """Prompts are token ids with all placeholders; media are files of pictures, and frames of videos."""
 
     begin: int  # the token before an image's placeholders
-    pad: int  # the placeholder
+    pad: int  # the placeholder of an image
     end: int  # the token behind them
     whole_runs: bool  # tokens of an image see each other
 
@@ -34,44 +40,56 @@ class VisionReference(ABC):
         self._processor: Any
         self._model: Any
 
-    def prompt(self, turns: Sequence[dict[str, Any]], pictures: Sequence[bytes]) -> tuple[str, list[int]]:
+    def prompt(self, turns: Sequence[dict[str, Any]], media: Sequence[MediaContent]) -> tuple[str, list[int]]:
         """The text of a conversation as the chat template writes it, and its ids."""
         text = self._tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
-        inputs = self._processor(text=[text], images=list(map(_opened, pictures)), **self._options())
+        pictures = [_opened(item) for item in media if isinstance(item, bytes)]
+        inputs = self._processor(text=[text], images=pictures, **self._options())
         return text, list(inputs["input_ids"][0])
 
-    def answer(self, ids: Sequence[int], pictures: Sequence[bytes], num_tokens: int) -> tuple[list[int], float]:
+    def pad_of(self, item: MediaContent) -> int:
+        """The placeholder of such an item."""
+        assert isinstance(item, bytes), "a family that takes videos says more"
+        return self.pad
+
+    @property
+    def pads(self) -> tuple[int, ...]:
+        return (self.pad,)
+
+    def answer(self, ids: Sequence[int], media: Sequence[MediaContent], num_tokens: int) -> tuple[list[int], float]:
         """The greedy answer, and the least margin between the best two logits of its tokens."""
-        if ids[-1] != self.pad:
-            return self._generate(ids, pictures, num_tokens)
+        if ids[-1] not in self.pads:
+            return self._generate(ids, media, num_tokens)
         # `generate` takes the type of the prompt's last token for that of the tokens it makes: it would take them for
         # more of the image. So each is made from the beginning here.
         answer, margins = list[int](), []
         for _ in range(num_tokens):
-            token, margin = self._generate([*ids, *answer], pictures, 1)
+            token, margin = self._generate([*ids, *answer], media, 1)
             answer += token
             margins.append(margin)
         return answer, min(margins)
 
-    def _generate(self, ids: Sequence[int], pictures: Sequence[bytes], num_tokens: int) -> tuple[list[int], float]:
+    def _generate(self, ids: Sequence[int], media: Sequence[MediaContent], num_tokens: int) -> tuple[list[int], float]:
         input_ids = torch.tensor([ids])
+        types = sum(number * (input_ids == pad).int() for number, pad in enumerate(self.pads, 1))
         with quiet_transformers(), torch.inference_mode():
             out = self._model.generate(
                 input_ids=input_ids, attention_mask=torch.ones_like(input_ids), do_sample=False,
                 max_new_tokens=num_tokens, min_new_tokens=num_tokens, eos_token_id=None, pad_token_id=0,
                 return_dict_in_generate=True, output_logits=True,
-                **{self._token_types: (input_ids == self.pad).int()}, **self._pixels(pictures),
+                **{self._token_types: types}, **self._pixels(media),
             )  # fmt: skip
         best = torch.stack(out.logits)[:, 0].topk(2).values
         return out.sequences[0, len(ids) :].tolist(), float((best[:, 0] - best[:, 1]).min())
 
-    def num_placeholders(self, picture: bytes) -> list[int]:
+    def num_placeholders(self, item: MediaContent) -> list[int]:
         """Of each of its views."""
-        return self._sizes(self._look(picture))
+        assert isinstance(item, bytes), "a family that takes videos says more"
+        return self._sizes(self._look(item))
 
-    def _pixels(self, pictures: Sequence[bytes]) -> dict[str, torch.Tensor]:
-        seen = [self._look(picture) for picture in pictures]
-        return {name: torch.cat([one[name] for one in seen]) for name in self._inputs}
+    def _pixels(self, media: Sequence[MediaContent]) -> dict[str, torch.Tensor]:
+        seen = [self._look(item) for item in media if isinstance(item, bytes)]
+        return {name: torch.cat([one[name] for one in seen]) for name in self._inputs} if seen else {}
 
     def _look(self, picture: bytes) -> dict[str, torch.Tensor]:
         return dict(self._images([_opened(picture)], return_tensors="pt", **self._options()))
@@ -93,7 +111,7 @@ class VisionReference(ABC):
 
 
 class QwenVisionReference(VisionReference):
-    begin, pad, _, end = (media_token_id(token, QWEN_TOKENS, VOCAB_SIZE) for token in QWEN_TOKENS)
+    begin, pad, video_pad, end = (media_token_id(token, QWEN_TOKENS, VOCAB_SIZE) for token in QWEN_TOKENS)
     whole_runs = False
     _token_types = "mm_token_type_ids"
     _inputs = ("pixel_values", "image_grid_thw")
@@ -106,16 +124,62 @@ class QwenVisionReference(VisionReference):
         super().__init__(model_dir)
         self._images = Qwen2VLImageProcessorPil.from_pretrained(model_dir)
         self._processor = QwenImagesOnly(self._images, self._tokenizer)
+        self._videos = load_tower(str(model_dir), "float32", "cpu").processor
         with quiet_transformers():
             self._model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
                 model_dir, dtype=torch.float32
             ).eval()
+        count_time(self._model.model)
 
     def _named_tokens(self) -> dict[str, str]:
         return {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
 
     def _sizes(self, seen: dict[str, torch.Tensor]) -> list[int]:
         return [int(seen["image_grid_thw"].prod()) // self._images.merge_size**2]
+
+    def prompt(self, turns: Sequence[dict[str, Any]], media: Sequence[MediaContent]) -> tuple[str, list[int]]:
+        """Its processor lays images out; with videos it needs torchvision."""
+        if not any(isinstance(item, VideoFrames) for item in media):
+            return super().prompt(turns, media)
+        text = self._tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
+        left, ids = iter(media), list[int]()
+        for token in self._tokenizer(text)["input_ids"]:
+            ids += [token] * (self.num_placeholders(next(left))[0] if token in self.pads else 1)
+        assert next(left, None) is None
+        return text, ids
+
+    def pad_of(self, item: MediaContent) -> int:
+        return self.video_pad if isinstance(item, VideoFrames) else self.pad
+
+    @property
+    def pads(self) -> tuple[int, ...]:
+        return (self.pad, self.video_pad)
+
+    def num_placeholders(self, item: MediaContent) -> list[int]:
+        if not isinstance(item, VideoFrames):
+            return super().num_placeholders(item)
+        return [math.prod(self._grid(item)) // self._images.merge_size**2]
+
+    def _pixels(self, media: Sequence[MediaContent]) -> dict[str, torch.Tensor]:
+        """Those of videos are ours, which equal those of its own processor by vectors made where that one runs."""
+        videos = [item for item in media if isinstance(item, VideoFrames)]
+        if not videos:
+            return super()._pixels(media)
+        return {
+            **super()._pixels(media),
+            "pixel_values_videos": torch.cat([self._videos.process(video).pixels for video in videos]),
+            "video_grid_thw": torch.tensor([self._grid(video) for video in videos]),
+            "second_per_grid_ts": torch.tensor([self._images.temporal_patch_size / video.fps for video in videos]),
+        }
+
+    def _grid(self, video: VideoFrames) -> tuple[int, int, int]:
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+        images, (width, height) = self._images, _opened(video.frames[0]).size
+        side, size = images.patch_size * images.merge_size, images.size
+        rows, columns = smart_resize(height, width, side, size["shortest_edge"], size["longest_edge"])
+        steps = -(-len(video.frames) // images.temporal_patch_size)
+        return steps, rows // images.patch_size, columns // images.patch_size
 
 
 class GemmaVisionReference(VisionReference):
