@@ -17,18 +17,21 @@ from answers import Answer, ask
 from embedding_calls import EmbeddingCalls
 from encoder_cluster import CANCEL_DEADLINE_S, EncoderCluster
 from fault_worker import FaultProcess
-from picture_questions import NUM_TOKENS, new_prompt
+from picture_questions import NUM_TOKENS, PAD, VIDEO_PAD, new_prompt
 from PIL import Image
 from vision_checkpoints import as_bytes, draw_picture, make_qwen2_5_vl
 
 from kvrelay_client import AsyncClient
+from kvrelay_client.requests import Media
 from kvrelay_core.errors import InvalidRequestError, KvRelayError, UnsupportedError
+from kvrelay_core.media.video import VideoFrames
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
 SIZE = (64, 48)
 BOMB_SIDE = 30_000
 PROMPT = new_prompt(0, 1)
+VIDEO_PROMPT = [VIDEO_PAD if token == PAD else token for token in PROMPT]
 MIB = 1 << 20
 # What refusing may cost: far below one pixel of a bomb each (900 MB), above what a request costs anyway.
 REFUSAL_BYTES = 48 * MIB
@@ -54,7 +57,7 @@ async def client(cluster: EncoderCluster) -> AsyncIterator[AsyncClient]:
         await look(client, good())
 
 
-async def look(client: AsyncClient, *media: bytes | str, prompt: list[int] | None = None) -> Answer:
+async def look(client: AsyncClient, *media: Media, prompt: list[int] | None = None) -> Answer:
     return await ask(
         client, token_ids=prompt or PROMPT, media=media, max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True
     )
@@ -130,7 +133,7 @@ BAD: dict[str, bytes | str] = {
 }
 
 
-async def refused(client: AsyncClient, *media: bytes | str, prompt: list[int] | None = None) -> KvRelayError:
+async def refused(client: AsyncClient, *media: Media, prompt: list[int] | None = None) -> KvRelayError:
     with pytest.raises(KvRelayError) as caught:
         await look(client, *media, prompt=prompt)
     return caught.value
@@ -147,6 +150,32 @@ async def test_a_good_picture_beside_a_bad_one_does_not_save_it(client: AsyncCli
     """And the pins of the good one are given back."""
     error = await refused(client, good(1), BAD["truncated png"], prompt=new_prompt(1, 2))
     assert isinstance(error, InvalidRequestError)
+
+
+BAD_VIDEOS: dict[str, tuple[VideoFrames, str]] = {
+    "no frames": (VideoFrames((), 2.0), "0 frames"),
+    "too many frames": (VideoFrames((good(),) * 257, 2.0), "257 frames"),
+    "no rate": (VideoFrames((good(),), 0.0), "fps is 0"),
+    "frames of two sizes": (VideoFrames((good(), as_bytes(draw_picture(48, 64))), 2.0), "frames of one size"),
+    "a frame that is none": (VideoFrames((good(), b"<html>"), 2.0), "frame 1 of a video: not an image"),
+    "a frame cut off": (VideoFrames((good(), good(), good()[:-200]), 2.0), "frame 2 of a video: the image cannot"),
+    "a bomb among them": (VideoFrames((good(), bomb()), 2.0), "frame 1 of a video: the image has more than"),
+    "long and slow": (VideoFrames((good(),) * 8, 0.005), "lasts so long"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_VIDEOS)
+async def test_bad_videos_are_a_typed_error(client: AsyncClient, name: str) -> None:
+    video, message = BAD_VIDEOS[name]
+    error = await refused(client, video, prompt=VIDEO_PROMPT)
+    assert isinstance(error, InvalidRequestError), repr(error)
+    assert message in error.message, error.message
+
+
+async def test_a_video_of_the_most_frames_is_taken(client: AsyncClient) -> None:
+    frames = [as_bytes(draw_picture(16, 16, seed=seed)) for seed in range(2)] * 128
+    answer = await look(client, VideoFrames(tuple(frames), 25.0), prompt=VIDEO_PROMPT)
+    assert answer.end.usage.prompt_tokens == len(VIDEO_PROMPT) - 1 + 128 * 4
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/cat.png", "https://example.org/cat.png", "file:///etc/passwd"])

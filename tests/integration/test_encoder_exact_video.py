@@ -34,5 +34,5 @@ async def test_encoder_exact_video(vision_cases: VisionCases, connector: str, gr
             await check_cold(client, case.video_questions)
             await check_warm(client, case, case.video_questions)
             await check_all_at_once(client, case.video_questions)
-            await check_shared_beginnings(client, case, "V")
+            await check_shared_beginnings(client, case, "W")
         cluster.assert_no_leaks()

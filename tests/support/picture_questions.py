@@ -20,7 +20,7 @@ from vision_checkpoints import QWEN_TOKENS, VOCAB_SIZE, as_bytes, draw_picture
 from kvrelay_client import AsyncClient, Client
 from kvrelay_core.errors import KvRelayError
 
-START, PAD, _, END = (media_token_id(token, QWEN_TOKENS, VOCAB_SIZE) for token in QWEN_TOKENS)
+START, PAD, VIDEO_PAD, END = (media_token_id(token, QWEN_TOKENS, VOCAB_SIZE) for token in QWEN_TOKENS)
 NUM_TOKENS = 8
 MIN_MARGIN = 1e-3  # between the best two logarithms of every token: far above what rounding does
 SIZE = (64, 64)

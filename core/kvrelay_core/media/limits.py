@@ -15,7 +15,7 @@ class MediaLimits(Struct, frozen=True, kw_only=True):
     max_item_bytes: int = 20 << 20  # as received, decoded from base64; of all frames of a video
     max_pixels: int = 50_000_000  # of an image or a frame, before it is made smaller
     max_video_frames: int = 256
-    max_video_pixels: int = 400_000_000  # of all its frames, before they are made smaller
+    max_video_pixels: int = 100_000_000  # of all its frames, before they are made smaller
     max_bytes_in_progress: int = 1 << 30  # of all requests of a router, as received: they are kept till the end
 
     def validate(self) -> None:

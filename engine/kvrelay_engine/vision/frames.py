@@ -22,12 +22,14 @@ _MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicu
 class FrameScaler:
     def __init__(self, config: PixelConfig) -> None:
         """Raises ConfigError for a filter that torch does not have, a factor or a deviation of 0."""
-        values_V = torch.arange(256, dtype=torch.float32)
-        inverse = 1.0 / config.rescale_factor if config.rescale_factor else float("inf")
-        means_C1, deviations_C1 = (torch.tensor(row).unsqueeze(1) * inverse for row in (config.mean, config.std))
-        self._table_CV = (values_V - means_C1) / deviations_C1
-        if not self._table_CV.isfinite().all():
-            raise ConfigError(f"the video processor's rescale_factor and image_std must not hold 0: {config.std}")
+        if not (config.rescale_factor and all(config.std)):
+            raise ConfigError(
+                f"the video processor's rescale_factor {config.rescale_factor} and image_std {config.std} must not be 0"
+            )
+        inverse = 1.0 / config.rescale_factor
+        self._means_C11, self._deviations_C11 = (
+            torch.tensor(row).view(-1, 1, 1) * inverse for row in (config.mean, config.std)
+        )
         self._mode = _find_mode(config.resample)
 
     def __call__(self, image: Image.Image, width: int, height: int) -> Tensor:
@@ -35,10 +37,7 @@ class FrameScaler:
         frame_CHW = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
         if image.size != (width, height):
             frame_CHW = F.interpolate(frame_CHW.unsqueeze(0), (height, width), mode=self._mode, antialias=True)[0]
-        planes = [
-            table.index_select(0, plane.flatten().int()) for table, plane in zip(self._table_CV, frame_CHW, strict=True)
-        ]
-        return torch.stack(planes).view(-1, height, width)
+        return frame_CHW.float().sub_(self._means_C11).div_(self._deviations_C11)
 
 
 def _find_mode(number: int) -> str:

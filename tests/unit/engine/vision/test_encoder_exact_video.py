@@ -147,8 +147,8 @@ def test_settings_of_images_alone_are_none_of_videos(loaded: LoadedTower, tmp_pa
     ("changes", "message"),
     [
         ({"resample": 1}, "resample 1 is not served"),
-        ({"std": (0.0, 1.0, 1.0)}, "must not hold 0"),
-        ({"rescale_factor": 0.0}, "must not hold 0"),
+        ({"std": (0.0, 1.0, 1.0)}, "image_std .* must not be 0"),
+        ({"rescale_factor": 0.0}, "rescale_factor 0.0 .* must not be 0"),
     ],
 )
 def test_settings_that_torch_cannot_follow_are_refused(changes: dict[str, object], message: str) -> None:
