@@ -40,7 +40,7 @@ class QwenImageProcessor:
             grid = self._grid_of(data)
             num_bytes = max(decoding_bytes(frame, self._limits)[1] for frame in data.frames)
             num_pixels = grid[1] * grid[2] * config.patch_size**2
-            return num_bytes + num_pixels * _BYTES_PER_PIXEL * (grid[0] + 2) * config.temporal_patch_size
+            return num_bytes + num_pixels * _BYTES_PER_PIXEL * (grid[0] + 3) * config.temporal_patch_size
         header, num_bytes = decoding_bytes(data, self._limits)
         width, height = smart_resize(header.width, header.height, config)
         return num_bytes + width * height * _BYTES_PER_PIXEL * (1 + config.temporal_patch_size)
