@@ -11,10 +11,11 @@ from media_rig import MediaPair, first_token_of, generation_of
 from msgspec.structs import replace
 
 from kvrelay_core.errors import TransferError
-from kvrelay_core.request import ChoiceState
+from kvrelay_core.request import ChoiceState, MediaReference
 from kvrelay_engine import messages
 from kvrelay_engine.engine_media import EngineMedia
 from kvrelay_engine.media_traits import MediaTraits
+from kvrelay_engine.rope_config import MropeConfig
 from kvrelay_transfer.connectors.base import TransferState
 from kvrelay_transfer.embedding_layout import EmbeddingLayout
 
@@ -266,6 +267,22 @@ def test_a_preempted_request_with_pictures_is_handed_back() -> None:
     rig.engine.handle(messages.Decode(1, attempt_of(1), generation))
     rig.run()
     assert [event.id for event in rig.of(messages.HandedBack)] == [1]
+    rig.check_empty()
+    rig.close()
+
+
+@pytest.mark.parametrize(("seconds", "fits"), [(8.75, True), (9.0, False), (1e6, False)])
+def test_a_video_that_lasts_beyond_the_models_positions_is_refused(seconds: float, fits: bool) -> None:
+    """Two tokens that take 36 positions or more, 7 of text and 6 of output; the model has 49."""
+    traits = MediaTraits(8, mrope=MropeConfig((1, 1, 2), 2, 4.0), max_positions=49)
+    rig = EngineRig("decode", media=EngineMedia(traits))
+    video = MediaReference(b"v" * 32, 2, 2, (2, 2, 2), seconds_per_grid=seconds)
+    rig.decode(1, replace(make_generation(list(range(9)), max_tokens=6), media=(video,)))
+    rig.run()
+    if fits:
+        assert [event.id for event in rig.of(messages.HandedBack)] == [1], "nothing else is wrong with it"
+    else:
+        assert rig.error(1) == "InvalidRequestError"
     rig.check_empty()
     rig.close()
 
