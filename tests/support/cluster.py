@@ -192,9 +192,9 @@ class Cluster:
             for index in range(count)
         }
 
-    def load_of(self, role: str, index: int = 0) -> pb.WatchLoadResponse:
+    def load_of(self, role: str, index: int = 0, timeout_s: float = 10) -> pb.WatchLoadResponse:
         with self._channel(role, index) as channel:
-            [load] = WorkerServiceStub(channel).WatchLoad(pb.WatchLoadRequest(interval_s=0), timeout=10)
+            [load] = WorkerServiceStub(channel).WatchLoad(pb.WatchLoadRequest(interval_s=0), timeout=timeout_s)
         return load
 
     def held(self) -> list[str]:
@@ -246,7 +246,7 @@ class Cluster:
     def _is_serving(self, role: str, index: int) -> bool:
         try:
             self.describe(role, index)
-        except (grpc.RpcError, ValueError):  # not up yet, or its command line not there yet
+        except (grpc.RpcError, ValueError, IndexError):  # not up yet, its command line not there yet, or not started
             return False
         return True
 
