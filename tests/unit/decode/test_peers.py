@@ -100,6 +100,17 @@ async def test_a_source_that_stays_away_is_disconnected() -> None:
         await wait_until(lambda: len(reader.role.peers) == 0, "the peer is forgotten")
 
 
+async def test_a_registered_source_that_stays_away_is_disconnected_and_not_forgotten() -> None:
+    async with (
+        running_worker(PrefillRole) as source,
+        running_worker(DecodeRole, peers=(source.address,)) as reader,
+    ):
+        await reader.engine.expect(messages.ConnectPeer)
+        await source.server.stop()
+        assert (await reader.engine.expect(messages.DisconnectPeer)).peer_id == source.address
+        assert len(reader.role.peers) == 1
+
+
 async def test_a_source_restarted_at_its_address_replaces_the_old_one() -> None:
     async with running_worker(DecodeRole, follow_grace_s=5.0) as reader:
         async with running_worker(PrefillRole) as source:
