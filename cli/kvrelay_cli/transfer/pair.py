@@ -12,7 +12,7 @@ import numpy as np
 from msgspec import Struct
 
 from kvrelay_cli.transfer.side import Side
-from kvrelay_cli.transfer.source import Opened, Source
+from kvrelay_cli.transfer.source import Source
 from kvrelay_core.errors import InternalError, TransferError
 from kvrelay_core.request import AttemptId
 from kvrelay_transfer.connectors.base import BlockRead, PeerInfo, PeerLink, Transfer, TransferState
@@ -64,9 +64,9 @@ class Pair:
         self._num_spans = num_spans
         self.side = Side(name, self.layout, num_spans + 1, reader_device, folder)
         try:
-            self._opened: Opened = source.open(name, self.layout, 2 * num_spans + 1)
-            self.peer = self._opened.peer
-            self._words = np.array(self._opened.words, np.uint64)
+            opened = source.open(name, self.layout, 2 * num_spans + 1)
+            self.peer = opened.peer
+            self._words = np.array(opened.words, np.uint64)
             started_s = time.perf_counter()
             self.link: PeerLink = self.side.connect(self.peer)
             self.connect_s = time.perf_counter() - started_s
