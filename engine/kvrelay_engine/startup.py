@@ -44,7 +44,7 @@ def build_engine(config: EngineConfig, clock: Clock, emit: Callable[[Event], Non
     """What has to be closed at the end is entered into `stack`. Raises ConfigError."""
     torch.set_num_threads(config.num_threads)
     Path(config.run_dir).mkdir(mode=0o700, parents=True, exist_ok=True)
-    _make_current(torch.device(config.device))
+    make_current(torch.device(config.device))
     loaded = load_model(
         config.model,
         config.dtype,
@@ -87,7 +87,7 @@ def build_engine(config: EngineConfig, clock: Clock, emit: Callable[[Event], Non
     return StartedEngine(engine, _describe(config, engine, parts, kv))
 
 
-def _make_current(device: torch.device) -> None:
+def make_current(device: torch.device) -> None:
     """Triton launches on the current device, whatever its tensors are on."""
     if device.type == "cuda" and device.index is not None and device.index < torch.cuda.device_count():
         torch.cuda.set_device(device)  # one that does not exist is the loader's to refuse

@@ -24,9 +24,10 @@ from kvrelay_engine.encoder.decode_threads import DecodeThreads
 from kvrelay_engine.encoder.engine import EncoderEngine
 from kvrelay_engine.engine_identity import EngineIdentity
 from kvrelay_engine.handoff_fetches import EmittedFetches
+from kvrelay_engine.loader import DTYPES
 from kvrelay_engine.media_startup import allocate_embeddings
 from kvrelay_engine.messages import Event, Started
-from kvrelay_engine.startup import device_name
+from kvrelay_engine.startup import device_name, make_current
 from kvrelay_engine.vision.image_input import ImageInput
 from kvrelay_engine.vision.loader import LoadedTower, load_tower
 from kvrelay_transfer.connectors.registry import create_connectors, for_host_memory
@@ -55,7 +56,8 @@ class ModelTower:
         return self._loaded.processor.decoding_bytes(data)
 
     def process(self, data: MediaContent) -> ImageInput:
-        return self._loaded.processor.process(data)
+        loaded = self._loaded
+        return loaded.processor.process(data).staged_for(loaded.device, DTYPES[loaded.dtype])
 
     def encode(self, inputs: Sequence[ImageInput]) -> list[Tensor]:
         """On the host already: what is asynchronous on a device has ended."""
@@ -72,6 +74,7 @@ def build_encoder(
     """What has to be closed at the end is entered into `stack`. Raises ConfigError."""
     torch.set_num_threads(config.num_threads)
     Path(config.run_dir).mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_current(torch.device(config.device))
     tower = ModelTower(load_tower(config.model, config.dtype, config.device))
     layout = EmbeddingLayout(tower.dtype, tower.hidden_size)
     epoch = secrets.token_bytes(16)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from kvrelay_core.media.video import MediaContent
@@ -15,7 +16,7 @@ from kvrelay_core.media.video import MediaContent
 class ImageInput:
     """A picture or a video, ready for the tower of its family."""
 
-    pixels: Tensor  # float32 on the CPU; each family's processor says how it is laid out
+    pixels: Tensor  # on the CPU, float32 until it is staged; each family's processor says how it is laid out
     grid: tuple[int, int, int]  # (time, height, width), counted in what the family's processor says
     num_patches: int  # that the tower computes: its cost
     num_tokens: int  # embeddings that come out
@@ -23,6 +24,11 @@ class ImageInput:
     @property
     def num_bytes(self) -> int:
         return self.pixels.nbytes
+
+    def staged_for(self, device: torch.device, dtype: torch.dtype) -> ImageInput:
+        """In the tower's dtype and, for a GPU, in memory that it copies from by itself, beside what it computes."""
+        pixels = self.pixels.to(dtype)
+        return replace(self, pixels=pixels.pin_memory() if device.type == "cuda" else pixels)
 
 
 class ImageProcessor(Protocol):
@@ -46,3 +52,8 @@ class VisionTower(Protocol):
         Items of a batch know nothing of each other, whatever their sizes.
         """
         ...
+
+
+def to_device(pixels: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Those of a staged picture while the caller goes on. A GPU also converts, where nobody has staged them."""
+    return pixels.to(device, non_blocking=True).to(dtype)

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvrelay_engine.models.layers.linear import Linear, linear_for_prompts
 from kvrelay_engine.vision.gemma3.config import GemmaVisionConfig
 from kvrelay_engine.vision.gemma3.weights import LayerWeights, LinearWeights, NormWeights, TowerWeights
-from kvrelay_engine.vision.image_input import ImageInput
+from kvrelay_engine.vision.image_input import ImageInput, to_device
 from kvrelay_engine.vision.segments import Segments
 from kvrelay_kernels.norm import rms_norm
 
@@ -20,6 +20,7 @@ class GemmaVisionTower:
     def __init__(self, config: GemmaVisionConfig, weights: TowerWeights) -> None:
         """Takes the weights over."""
         self._config, self._weights = config, weights
+        self._embed_patches = linear_for_prompts(weights.patch_ECKK.flatten(1), weights.patch_bias_E)
         self._layers = [Layer(config, layer) for layer in weights.layers]
         self._norm = LayerNorm(config, weights.norm)
         self._project = Projector(config, weights)
@@ -27,10 +28,10 @@ class GemmaVisionTower:
     @torch.inference_mode()
     def encode(self, images: Sequence[ImageInput]) -> list[Tensor]:
         """See `VisionTower.encode`. `pixels` are views [n, 3, side, side]; embeddings come view by view."""
-        patch_ECKK = self._weights.patch_ECKK
-        views_BCSS = torch.cat([image.pixels for image in images]).to(patch_ECKK.device, patch_ECKK.dtype)
-        patches_BELL = F.conv2d(views_BCSS, patch_ECKK, self._weights.patch_bias_E, stride=self._config.patch_size)
-        x_BLE = patches_BELL.flatten(2).transpose(1, 2) + self._weights.positions_LE
+        positions_LE = self._weights.positions_LE
+        device, dtype = positions_LE.device, positions_LE.dtype
+        views_BCSS = torch.cat([to_device(image.pixels, device, dtype) for image in images])
+        x_BLE = self._embed_patches(_cut(views_BCSS, self._config.patch_size)) + positions_LE
         num_views, view_patches, _ = x_BLE.shape
         x_NE, views = x_BLE.flatten(0, 1), Segments(((num_views, view_patches),))
         for layer in self._layers:
@@ -84,6 +85,15 @@ class Projector:
         pooled_ME = pooled_BEMM.flatten(2).transpose(1, 2).flatten(0, 1)
         normed_ME = rms_norm(pooled_ME.float().contiguous(), self._norm_E, config.norm_eps)
         return self._project(normed_ME.to(x_NE.dtype))
+
+
+def _cut(views_BCSS: Tensor, patch_size: int) -> Tensor:
+    """The patches of each view, row by row: [B, L, C K K]. Their product with the weights is not a convolution to
+    torch, which would compute that in TF32 on a GPU."""
+    num_views, colors, side, _ = views_BCSS.shape
+    per_side = side // patch_size
+    patches_BCRKRK = views_BCSS.view(num_views, colors, per_side, patch_size, per_side, patch_size)
+    return patches_BCRKRK.permute(0, 2, 4, 1, 3, 5).reshape(num_views, per_side**2, -1)
 
 
 def _linear(weights: LinearWeights) -> Linear:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvrelay_engine.models.layers.linear import linear_for_prompts
 from kvrelay_engine.models.layers.mlp import GatedMlp
-from kvrelay_engine.vision.image_input import ImageInput
+from kvrelay_engine.vision.image_input import ImageInput, to_device
 from kvrelay_engine.vision.qwen2_5_vl.config import QwenVisionConfig
 from kvrelay_engine.vision.qwen2_5_vl.patch_layout import lay_out
 from kvrelay_engine.vision.qwen2_5_vl.weights import LayerWeights, MergerWeights, TowerWeights
@@ -39,9 +39,9 @@ class QwenVisionTower:
     @torch.inference_mode()
     def encode(self, images: Sequence[ImageInput]) -> list[Tensor]:
         """See `VisionTower.encode`. `pixels` are patches [n, 3 x frames x side x side] in the processor's order."""
+        patches_NI = torch.cat([to_device(image.pixels, self._device, self._dtype) for image in images])
         layout = lay_out([image.grid for image in images], self._config)
         order_M = layout.order_M.to(self._device)
-        patches_NI = torch.cat([image.pixels for image in images]).to(self._device, self._dtype)
         x_NE = self._embed_patches(_permute(patches_NI, order_M))
         tables = self._rope_table(layout.coordinates_N2.to(self._device))
         windows, frames = layout.windows.to(self._device), layout.frames.to(self._device)
