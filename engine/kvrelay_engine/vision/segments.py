@@ -26,7 +26,15 @@ class Segments:
         order_N = torch.argsort(counts[ids_N] * len(counts) + ids_N, stable=True)
         lengths, numbers = torch.unique(counts[counts > 0], return_counts=True)
         groups = tuple(zip(numbers.tolist(), lengths.tolist(), strict=True))
-        return cls(groups, None if len(groups) == groups[0][0] == 1 else order_N)
+        is_in_order = bool((order_N[1:] > order_N[:-1]).all())
+        return cls(groups, None if is_in_order else order_N)
+
+    def of_larger_rows(self, size: int) -> Segments:
+        """The same segments, where each row has become `size` rows."""
+        groups = tuple((number, length * size) for number, length in self.groups)
+        if self.order_N is None:
+            return Segments(groups)
+        return Segments(groups, (self.order_N.unsqueeze(1) * size + torch.arange(size)).flatten())
 
     def to(self, device: torch.device) -> Segments:
         return self if self.order_N is None else Segments(self.groups, self.order_N.to(device))

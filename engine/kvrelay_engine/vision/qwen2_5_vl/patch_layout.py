@@ -30,13 +30,13 @@ def lay_out(grids: Sequence[Grid], config: QwenVisionConfig) -> PatchLayout:
     """Raises nothing: the processor has made every grid a multiple of the merge size."""
     unit = config.merge_size**2
     order_M, windows = _by_window(_window_ids(grids, config))
-    frames_N = _frame_ids(grids, unit)[order_M].repeat_interleave(unit)
-    coordinates_MU2 = torch.cat([_coordinates(grid, config.merge_size) for grid in grids])
+    frames = Segments.of(_frame_ids(grids, unit)[order_M])
+    coordinates_MU2 = {grid: _coordinates(grid, config.merge_size) for grid in set(grids)}
     return PatchLayout(
         order_M=order_M,
-        windows=Segments(tuple((number, length * unit) for number, length in windows.groups)),
-        frames=Segments.of(frames_N),
-        coordinates_N2=coordinates_MU2[order_M].flatten(0, 1),
+        windows=Segments(windows.groups).of_larger_rows(unit),
+        frames=frames.of_larger_rows(unit),
+        coordinates_N2=torch.cat([coordinates_MU2[grid] for grid in grids])[order_M].flatten(0, 1),
     )
 
 

@@ -30,5 +30,16 @@ def test_each_segment_attends_to_itself(ids: list[int], groups: tuple[tuple[int,
         torch.testing.assert_close(found[rows], alone)
 
 
-def test_one_segment_needs_no_order() -> None:
-    assert Segments.of(torch.zeros(5, dtype=torch.int64)).order_N is None
+@pytest.mark.parametrize("ids", [[0, 0, 0], [0, 0, 1, 1], [3, 4, 4, 4, 7, 7, 7]])
+def test_rows_that_lie_in_order_need_none(ids: list[int]) -> None:
+    assert Segments.of(torch.tensor(ids)).order_N is None
+
+
+def test_each_row_becomes_several() -> None:
+    ids = torch.tensor([2, 0, 2, 1])
+    larger, expected = Segments.of(ids).of_larger_rows(3), Segments.of(ids.repeat_interleave(3))
+    assert larger.groups == expected.groups
+    assert larger.order_N is not None and expected.order_N is not None
+    assert torch.equal(larger.order_N, expected.order_N)
+    in_order = Segments.of(torch.tensor([0, 0, 1, 1])).of_larger_rows(2)
+    assert (in_order.groups, in_order.order_N) == (((2, 4),), None)
