@@ -35,14 +35,17 @@ class Question(Struct, frozen=True):
 class Questions:
     """An endless supply of new ones."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, side: int = IMAGE_SIDE, file_format: str = "PNG") -> None:
+        """`side` of a picture, in pixels."""
         self._random = random.Random(seed)
+        self._side, self._format = side, file_format
 
     def text(self, num_tokens: int) -> list[int]:
         return [self._random.randrange(250) for _ in range(num_tokens)]
 
     def picture(self) -> bytes:
-        return as_bytes(draw_picture(IMAGE_SIDE, IMAGE_SIDE, seed=self._random.randrange(1 << 31)))
+        drawn = draw_picture(self._side, self._side, seed=self._random.randrange(1 << 31))
+        return as_bytes(drawn, self._format)
 
     def with_pictures(self, pictures: list[bytes]) -> Question:
         """Half of the text before them, half behind."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -54,15 +53,3 @@ class Reference:
             )  # fmt: skip
         lag_s = arrivals.started_s - started_s
         return out[0, len(ids) :].tolist(), Stream(tuple(lag_s + at_s for at_s in arrivals.times_s))
-
-    def at_rate(self, questions: Sequence[Question], interval_s: float, num_tokens: int) -> list[Stream]:
-        """One that comes every `interval_s`, answered one after another; times count from when each came."""
-        streams = []
-        began_s = time.perf_counter()
-        for index, question in enumerate(questions):
-            due_s = began_s + index * interval_s
-            time.sleep(max(0.0, due_s - time.perf_counter()))  # until it comes
-            waited_s = time.perf_counter() - due_s
-            stream = self.ask(question, num_tokens)[1]
-            streams.append(Stream(tuple(waited_s + at_s for at_s in stream.arrivals_s)))
-        return streams
