@@ -13,7 +13,7 @@ from vision_checkpoints import make_qwen2_5_vl
 
 TEXT: dict[str, Any] = {
     "num_hidden_layers": 4, "hidden_size": 3584, "intermediate_size": 18_944, "num_attention_heads": 28,
-    "num_key_value_heads": 4,
+    "num_key_value_heads": 4, "max_position_embeddings": 32_768,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
 }  # fmt: skip
 VISION: dict[str, Any] = {

@@ -55,7 +55,10 @@ def main() -> int:
         torch.cuda.empty_cache()
         os.environ[MEDIA_FOLDER] = folder
         clusters = start(args.arrangements, model_dir, stack)
-        cells = {name: asyncio.run(measure(cluster, load, args.side)) for name, cluster in clusters.items()}
+        cells = {}
+        for name, cluster in clusters.items():
+            cells[name] = asyncio.run(measure(cluster, load, args.side))
+            print(f"{name}: {to_builtins(cells[name])}", file=sys.stderr)
         for cluster in clusters.values():
             cluster.assert_no_leaks()
         stages = {name: summary_of(read_stages(cluster.folder)) for name, cluster in clusters.items()}
@@ -73,8 +76,8 @@ def main() -> int:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=1008, help="of a picture in pixels, a multiple of 28")
-    parser.add_argument("--rate", type=float, default=3.0, help="requests a second with images, and without any")
-    parser.add_argument("--requests", type=int, default=15, help="for each number of images")
+    parser.add_argument("--rate", type=float, default=6.0, help="requests a second with images, and without any")
+    parser.add_argument("--requests", type=int, default=30, help="for each number of images")
     parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument("--streams", type=int, default=4, help="of text that run beside all requests")
     parser.add_argument("--folder", default="/tmp", help="where the checkpoint goes")
