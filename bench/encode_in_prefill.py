@@ -49,6 +49,9 @@ class NoTower:
         self.hidden_size = loaded.hidden_size
         self.dtype = loaded.dtype
 
+    def decoding_bytes(self, data: bytes) -> int:
+        return 0
+
     def process(self, data: bytes) -> ImageInput:
         header = read_image_header(data, MediaLimits())
         grid = image_grid(header.width, header.height, self._config)

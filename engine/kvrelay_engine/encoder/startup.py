@@ -61,7 +61,14 @@ class ModelTower:
 
     def encode(self, inputs: Sequence[ImageInput]) -> list[Tensor]:
         """On the host already: what is asynchronous on a device has ended."""
-        return [rows.to("cpu") for rows in self._loaded.tower.encode(inputs)]
+        rows = self._loaded.tower.encode(inputs)
+        if self._loaded.device.type == "cpu":
+            return rows
+        on_host = [torch.empty(one.shape, dtype=one.dtype, pin_memory=True) for one in rows]
+        for one, copy in zip(rows, on_host, strict=True):
+            copy.copy_(one, non_blocking=True)
+        torch.cuda.current_stream(self._loaded.device).synchronize()
+        return on_host
 
 
 def build_encoder(
