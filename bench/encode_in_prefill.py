@@ -66,6 +66,7 @@ def hand_images_on(model: str, folder: Path) -> None:
     take = EncoderEngine._take
 
     def keep_and_take(engine: EncoderEngine, command: EncodeItem) -> None:
+        assert isinstance(command.data, bytes), "the bench sends images only"
         (folder / command.content_hash.hex()).write_bytes(command.data)
         take(engine, command)
 
