@@ -9,10 +9,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from connector_benches import ConnectorBench, make_bench
+from connector_benches import ConnectorBench, Shapes, ShmBench, make_bench
 from handoff_sides import ADDRESS, MODEL, make_memory, wait_until
 
 from kvrelay_core.clock import MonotonicClock
@@ -139,3 +140,19 @@ def test_the_next_start_replaces_the_socket_and_refuses_the_old_epoch(
         connector.connect(killed.peer, killed.offer)
     read_all(memory, connector, restarted, any_ticket)
     restarted.end(kill=False)
+
+
+def test_a_mapping_outlives_the_copy_out_of_it(tmp_path: Path) -> None:
+    """Else the process would end where the copy goes on."""
+    bench = ShmBench(tmp_path, Shapes())
+    link: Any = bench.link
+    mapping = link.region._mapping
+    bench.stall()
+    transfer = bench.link.read(bench.request(bench.blocks[:3], (1, 2, 3)))
+    bench.link.close()
+    assert not mapping.closed
+    bench.resume()
+    bench.finish(transfer)
+    assert transfer.poll() is TransferState.TORN_DOWN
+    wait_until(lambda: mapping.closed)
+    bench.close()
