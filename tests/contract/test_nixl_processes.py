@@ -89,7 +89,7 @@ class Reader:
         blocks = tuple(range(1, OWNER_BLOCKS))
         transfer = link.read(self.request(blocks, tuple(reversed(blocks))))
         assert self.outcome(transfer) is TransferState.DONE, transfer.error
-        assert transfer.words == owner.words[1:]
+        assert tuple(transfer.words) == owner.words[1:]
         expected = torch.arange(OWNER_BLOCKS - 1, 0, -1, dtype=torch.float32)
         assert torch.equal(self.memory.tensor[1:].flatten(1), expected[:, None].expand(-1, OWNER_FLOATS))
 
@@ -134,7 +134,7 @@ def test_a_pool_of_another_process_is_read(reader: Reader, start: Callable[..., 
     owner.bump(7)
     transfer = link.read(reader.request((6, 7, 8), (1, 2, 3)))
     assert reader.outcome(transfer) is TransferState.DONE
-    assert transfer.words == (owner.words[6], owner.words[7] + 1, owner.words[8])
+    assert tuple(transfer.words) == (owner.words[6], owner.words[7] + 1, owner.words[8])
 
 
 def test_a_source_at_rest_answers_a_reader_that_connects(

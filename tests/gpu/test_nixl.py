@@ -64,7 +64,7 @@ def test_blocks_in_gpu_memory_and_words_in_host_memory_arrive(
     transfer = link.read(BlockRead(any_ticket.ticket, 0, blocks, tuple(reversed(blocks))))
     wait_until(lambda: transfer.poll().is_terminal)
     assert transfer.poll() is TransferState.DONE, transfer.error
-    assert transfer.words == (*owner.words[1:7], owner.words[7] + 1, *owner.words[8:])
+    assert tuple(transfer.words) == (*owner.words[1:7], owner.words[7] + 1, *owner.words[8:])
     expected = torch.arange(OWNER_BLOCKS - 1, 0, -1, dtype=torch.float32)
     expected[OWNER_BLOCKS - 1 - 7] = -1.0
     assert torch.equal(memory.tensor[1:].flatten(1).cpu(), expected[:, None].expand(-1, OWNER_FLOATS))
