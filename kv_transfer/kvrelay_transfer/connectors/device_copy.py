@@ -130,6 +130,7 @@ class DeviceCopier:
         scratch = torch.zeros(2 * max(_WARM_ROW_BYTES), dtype=torch.uint8, device=self.device)
         with torch.cuda.device(self.device):
             table = torch.zeros(2, 1, dtype=torch.int64, device=self.device)
+            torch.cuda.synchronize(self.device)  # what is zeroed on one stream is read on another
             for row_bytes in _WARM_ROW_BYTES:
                 out, spacing = scratch[max(_WARM_ROW_BYTES) :], RowSpacing.one_row(row_bytes)
                 self._rows.copy(scratch.data_ptr(), out, table, spacing, 16)
