@@ -70,7 +70,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--connectors", type=lambda text: text.split(","), help="by name; all that fit by default")
     parser.add_argument("--size-mib", type=int, default=512 if on_gpus else 128, help="moved by each measurement")
-    parser.add_argument("--repeats", type=int, default=20 if on_gpus else 5)
+    parser.add_argument("--repeats", type=int, default=12 if on_gpus else 5)
     parser.add_argument("--source-device", default=("cpu", "cuda:0", "cuda:1")[min(num_gpus, 2)])
     parser.add_argument("--reader-device", default="cuda:0" if on_gpus else "cpu")
     parser.add_argument("--decode", action=argparse.BooleanOptionalAction, default=on_gpus)
@@ -89,7 +89,7 @@ class TransferBench:
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
         self._size_bytes = args.size_mib << 20
-        self._minimal: dict[tuple[str, int], float] = {}  # seconds, by connector and span
+        self._minimal: dict[str, dict[int, float]] = {}  # seconds by span, by connector
 
     def measure_connector(self, name: str) -> list[dict[str, Any]]:
         """A row for each span and way; one row with the reason where it cannot run here."""
@@ -132,12 +132,10 @@ class TransferBench:
         return rows
 
     def _minimal_s(self, name: str, span_bytes: int) -> float:
-        """The program for ucx packs nothing: one run is for spans of all sizes."""
-        key = (name, 0 if name == "ucx" else span_bytes)
-        if key not in self._minimal:
+        if name not in self._minimal:
             devices = (self._args.source_device, self._args.reader_device)
-            self._minimal[key] = MINIMAL_PROGRAMS[name](span_bytes, self._size_bytes, *devices, self._args.repeats)
-        return self._minimal[key]
+            self._minimal[name] = MINIMAL_PROGRAMS[name](SPAN_SIZES, self._size_bytes, *devices, self._args.repeats)
+        return self._minimal[name][span_bytes]
 
     def _measure_device_copies(self, pair: Pair, span_bytes: int) -> list[dict[str, Any]]:
         """One contiguous copy, and the ways of copying spans: from post to event, and on the GPU's clock."""

@@ -1,6 +1,6 @@
 """The least program that moves scattered spans with NIXL: what the connector is measured against.
 
-    seconds = minimal_nixl(span_bytes, size_bytes, source_device, reader_device, repeats)
+    seconds = minimal_nixl(span_sizes, size_bytes, source_device, reader_device, repeats)
 
 One other process that owns plain memory; no pool, no words, no deadlines, no errors.
 """
@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,13 @@ from kvrelay_core.errors import ConfigError
 _READY = "ready:"
 
 
-def minimal_nixl(span_bytes: int, size_bytes: int, source_device: str, reader_device: str, repeats: int) -> float:
-    """Median of the seconds of one READ of half of the source's spans into ours, prepared lists on both sides."""
-    num_spans = size_bytes // span_bytes
+def minimal_nixl(
+    span_sizes: Sequence[int], size_bytes: int, source_device: str, reader_device: str, repeats: int
+) -> dict[int, float]:
+    """By span size, the median of the seconds of one READ of half of the source's spans into ours, prepared lists on
+    both sides."""
     source = subprocess.Popen(
-        [sys.executable, __file__, source_device, str(2 * num_spans * span_bytes)],
+        [sys.executable, __file__, source_device, str(2 * size_bytes)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert source.stdin is not None and source.stdout is not None
@@ -38,30 +41,41 @@ def minimal_nixl(span_bytes: int, size_bytes: int, source_device: str, reader_de
         name, address, metadata = line.removeprefix(_READY).split()
         agent, memory = _make_agent(reader_device, size_bytes, fill=0)
         agent.add_remote_agent(bytes.fromhex(metadata))
-        ours = agent.prep_xfer_dlist(
-            "NIXL_INIT_AGENT", *_spans(memory.data_ptr(), num_spans, span_bytes, reader_device)
-        )
-        theirs = agent.prep_xfer_dlist(name, *_spans(int(address), 2 * num_spans, span_bytes, source_device))
-        generator = random.Random(span_bytes)
-        local = np.array(generator.sample(range(num_spans), num_spans), np.int32)
-        remote = np.array(generator.sample(range(2 * num_spans), num_spans), np.int32)
-        times_s = []
-        for _ in range(repeats):
-            started_s = time.perf_counter()
-            handle = agent.make_prepped_xfer("READ", ours, local, theirs, remote)
-            state = agent.transfer(handle)
-            while state == "PROC":
-                os.sched_yield()
-                state = agent.check_xfer_state(handle)
-            times_s.append(time.perf_counter() - started_s)
-            agent.release_xfer_handle(handle)
-            assert state == "DONE", state
-        assert bool((memory == 1).all()), "other bytes came than were sent"
-        return statistics.median(times_s[1:])
+        medians_s = {}
+        for span_bytes in span_sizes:
+            num_spans = size_bytes // span_bytes
+            ours = _spans(memory.data_ptr(), num_spans, span_bytes, reader_device)
+            theirs = _spans(int(address), 2 * num_spans, span_bytes, source_device)
+            lists = (agent.prep_xfer_dlist("NIXL_INIT_AGENT", *ours), agent.prep_xfer_dlist(name, *theirs))
+            memory.zero_()
+            if memory.is_cuda:
+                torch.cuda.synchronize(memory.device)
+            medians_s[span_bytes] = statistics.median(_read_times_s(agent, lists, num_spans, repeats)[1:])
+            assert bool((memory[: num_spans * span_bytes] == 1).all()), "other bytes came than were sent"
+        return medians_s
     finally:
         source.stdin.close()
         source.wait(30)
         source.stdout.close()
+
+
+def _read_times_s(agent: Any, lists: tuple[Any, Any], num_spans: int, repeats: int) -> list[float]:
+    """`lists` are ours and theirs, of twice as many spans."""
+    generator = random.Random(num_spans)
+    local = np.array(generator.sample(range(num_spans), num_spans), np.int32)
+    remote = np.array(generator.sample(range(2 * num_spans), num_spans), np.int32)
+    times_s = []
+    for _ in range(repeats):
+        started_s = time.perf_counter()
+        handle = agent.make_prepped_xfer("READ", lists[0], local, lists[1], remote)
+        state = agent.transfer(handle)
+        while state == "PROC":
+            os.sched_yield()
+            state = agent.check_xfer_state(handle)
+        times_s.append(time.perf_counter() - started_s)
+        agent.release_xfer_handle(handle)
+        assert state == "DONE", state
+    return times_s
 
 
 def _make_agent(device: str, size_bytes: int, fill: int) -> tuple[Any, torch.Tensor]:

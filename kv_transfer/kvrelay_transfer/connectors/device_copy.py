@@ -1,8 +1,7 @@
 """Copies from a peer's mapped pool into ours, on a stream of their own beside the engine's.
 
 Two ways, which this module chooses between: the copy engines (`cudaMemcpyBatchAsync`, no multiprocessors taken) for
-long spans, a gather kernel on a few multiprocessors for short and for sliced ones. Either way a copy is posted in
-growing batches: the link is busy with the first while the rest is prepared. Knows blocks, no peers and no time.
+long spans, a gather kernel on a few multiprocessors for short and for sliced ones. Knows blocks, no peers and no time.
 """
 
 from __future__ import annotations
@@ -25,8 +24,9 @@ from kvrelay_transfer.pool_memory import PoolMemory
 # for 512 MiB at this size, which a decode step pays for as it does for the multiprocessors that the kernel takes; at
 # half of it posting is slower than copying (two H200s, bench/transfer.py, docs/adr/0014).
 MIN_ENGINE_SPAN_BYTES = 1 << 20
-# Bytes of the first batch, and how many times as many are in each following one. A span of the least size is copied in
-# four times the time that posting it takes.
+# Bytes of the first batch for the engines, and how many times as many are in each following one. They begin when a call
+# has returned, and copy a span of the least size in four times the time that posting it takes. (The kernel is better
+# launched once: with four launches, each of which waits for its table to come over the bus, the link idles for 35 us.)
 _FIRST_BATCH_BYTES, _BATCH_GROWTH = 8 << 20, 4
 # Rows of these lengths (bytes) are the kernel's classes; it is compiled for them before the first step.
 _WARM_ROW_BYTES = (16 << 10, 1 << 10, 128)
@@ -64,7 +64,7 @@ class DeviceCopier:
         return self.copy_by_kernel(source, remote, local)
 
     def copy_by_engines(self, source: MappedPool, remote: Blocks, local: Blocks, counts: Blocks) -> torch.cuda.Event:
-        """One span for each run of blocks."""
+        """One span for each run of blocks, posted in batches: the first is under way while the rest is posted."""
         sources = (source.address + remote * self._block_bytes).view(np.uint64)
         destinations = (self._pool.data_ptr() + local * self._block_bytes).view(np.uint64)
         sizes_bytes = (counts * self._block_bytes).view(np.uint64)
@@ -107,12 +107,10 @@ class DeviceCopier:
         bits = int(np.bitwise_or.reduce(remote_offsets)) | int(np.bitwise_or.reduce(local_offsets))
         alignment = spacing.alignment(source.address, self._pool.data_ptr(), bits)
         table = self._tables.take(len(remote_offsets))
-        pair_bytes = spacing.num_rows * spacing.row_bytes
         # A kernel is launched on the current device.
         with self._current_device():
-            for batch in growing_batches(len(remote_offsets), pair_bytes):
-                offsets = table.upload(batch.start, remote_offsets[batch], local_offsets[batch])
-                self._rows.copy(source.address, self._pool, offsets, spacing, alignment)
+            offsets = table.upload(remote_offsets, local_offsets)
+            self._rows.copy(source.address, self._pool, offsets, spacing, alignment)
             table.used_until = self._event()
         return table.used_until
 

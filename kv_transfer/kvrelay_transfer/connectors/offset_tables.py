@@ -31,16 +31,14 @@ class OffsetTable:
         self.num_pairs = num_pairs
         self.used_until: torch.cuda.Event | None = None
 
-    def upload(self, first: int, remote_offsets: Blocks, local_offsets: Blocks) -> torch.Tensor:
-        """Posts the copy of the offsets of pairs from `first` on; [2, len(remote_offsets)] on the device. That part of
-        the table must stay as it is until `used_until` has fired."""
+    def upload(self, remote_offsets: Blocks, local_offsets: Blocks) -> torch.Tensor:
+        """Posts the copy of the offsets, [2, num_pairs] on the device. The table is in use until `used_until` fires."""
         num_pairs = len(remote_offsets)
-        part = slice(2 * first, 2 * (first + num_pairs))
-        host, on_device = self._host[part], self._on_device[part]
-        np.copyto(host[:num_pairs], remote_offsets)
-        np.copyto(host[num_pairs:], local_offsets)
-        self._runtime.copy(on_device.data_ptr(), int(host.ctypes.data), host.nbytes, self._stream)
-        return on_device.view(2, num_pairs)
+        np.copyto(self._host[:num_pairs], remote_offsets)
+        np.copyto(self._host[num_pairs : 2 * num_pairs], local_offsets)
+        offsets = self._on_device[: 2 * num_pairs].view(2, num_pairs)
+        self._runtime.copy(offsets.data_ptr(), self._pinned.data_ptr(), offsets.nbytes, self._stream)
+        return offsets
 
 
 class OffsetTables:
