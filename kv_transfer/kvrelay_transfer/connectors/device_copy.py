@@ -25,8 +25,8 @@ from kvrelay_transfer.pool_memory import PoolMemory
 # half of it posting is slower than copying (two H200s, bench/transfer.py, docs/adr/0014).
 MIN_ENGINE_SPAN_BYTES = 1 << 20
 # Bytes of the first batch for the engines, and how many times as many are in each following one. They begin when a call
-# has returned, and copy a span of the least size in four times the time that posting it takes. (The kernel is better
-# launched once: with four launches, each of which waits for its table to come over the bus, the link idles for 35 us.)
+# has returned, and copy a span of the least size in four times the time that posting it takes. (The kernel is launched
+# once: of several launches each would wait for its own table to come over the bus, and the link with it.)
 _FIRST_BATCH_BYTES, _BATCH_GROWTH = 8 << 20, 4
 # Rows of these lengths (bytes) are the kernel's classes; it is compiled for them before the first step.
 _WARM_ROW_BYTES = (16 << 10, 1 << 10, 128)
