@@ -29,7 +29,7 @@ SPANS_KIB = (16, 128, 2048, 8192)
 MIN_SPAN_KIB = 4
 
 EPILOG = """\
-Blocks of each size lie scattered in both pools and move in reads of 32 MiB, four under way, as in an engine. Every
+Blocks of each size lie scattered in both pools and move in reads that suit the connector, as in an engine. Every
 read's bytes and fence words are verified. GB/s are 10^9 bytes a second and medians; `first` is the first read into a
 new pool, which touches every page. `of memcpy` is the share of a plain copy that is made in turn with the reads: a
 memcpy by one core, between GPUs a copy of contiguous memory.
