@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,13 @@ class VisionCase:
         self.model_dir: Path = make(folder / model, **options)
         self.reference = load_vision_reference(self.model_dir)
         self.maker = QuestionMaker(self.reference)
+        self._about_videos: dict[str, Question] = {}
 
-    @cached_property
-    def video_questions(self) -> list[Question]:
-        return self.maker.every_video_layout()
+    def video_questions(self, names: Sequence[str]) -> list[Question]:
+        for name in names:
+            if name not in self._about_videos:
+                self._about_videos[name] = self.maker.about_video(name)
+        return [self._about_videos[name] for name in names]
 
     @cached_property
     def questions(self) -> list[Question]:

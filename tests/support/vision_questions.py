@@ -51,6 +51,7 @@ VIDEO_CHATS: dict[str, Layout] = {
 # Nothing but placeholders at either end: the first or the last token of all is an image's.
 BARE: dict[str, Layout] = {"very first": ("B", 25), "very last": (25, "B")}
 VIDEO_BARE: dict[str, Layout] = {"video very first": ("V", 25), "video very last": (25, "W")}
+VIDEO_LAYOUTS = (*VIDEO_CHATS, *VIDEO_BARE)
 
 
 @dataclass
@@ -95,9 +96,9 @@ class QuestionMaker:
         chats = [self.chat(name, layout) for name, layout in CHATS.items()]
         return chats + [self.bare(name, layout) for name, layout in BARE.items()]
 
-    def every_video_layout(self) -> list[Question]:
-        chats = [self.chat(name, layout) for name, layout in VIDEO_CHATS.items()]
-        return chats + [self.bare(name, layout) for name, layout in VIDEO_BARE.items()]
+    def about_video(self, name: str) -> Question:
+        """One of `VIDEO_LAYOUTS`."""
+        return self.chat(name, VIDEO_CHATS[name]) if name in VIDEO_CHATS else self.bare(name, VIDEO_BARE[name])
 
     def chat(self, name: str, layout: Layout) -> Question:
         """A message with text, pictures and videos."""
