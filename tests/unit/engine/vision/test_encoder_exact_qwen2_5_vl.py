@@ -40,6 +40,10 @@ def loaded(model_dir: Path) -> LoadedTower:
 
 @pytest.fixture(scope="module")
 def reference(model_dir: Path) -> Any:
+    return load_reference(model_dir)
+
+
+def load_reference(model_dir: Path) -> Any:
     import transformers
 
     with quiet_transformers():
@@ -89,6 +93,14 @@ def test_encoder_exact_qwen_batch(loaded: LoadedTower, reference: Any, reference
     found = loaded.tower.encode(inputs)
     assert [len(rows) for rows in found] == [item.num_tokens for item in inputs]
     assert difference(torch.cat(found), reference_embeddings(reference, reference_processor, data)) <= 1e-5
+
+
+def test_encoder_exact_qwen_any_number_of_inner_units(reference_processor: Any, tmp_path: Path) -> None:
+    """Those that are added to a whole multiple change nothing."""
+    model_dir = make_qwen2_5_vl(tmp_path / "model", vision={"intermediate_size": 75})
+    data = pictures(FEW_SIZES)
+    found = embed(load_tower(str(model_dir), "float32", "cpu"), *data)
+    assert difference(found, reference_embeddings(load_reference(model_dir), reference_processor, data)) <= 1e-5
 
 
 def test_encoder_exact_qwen_frames_of_a_video(loaded: LoadedTower, reference: Any) -> None:
