@@ -74,16 +74,3 @@ def test_bfloat16_embeddings_are_close(model_dir: Path, on_cpu: LoadedTower) -> 
     found = embed(load_tower(str(model_dir), "bfloat16", "cuda"), *data)
     assert found.dtype == torch.bfloat16
     assert 0 < difference(found.float().cpu(), embed(on_cpu, *data)) < BFLOAT16_TOLERANCE
-
-
-def test_what_has_come_before_changes_nothing(model_dir: Path, on_cpu: LoadedTower) -> None:
-    """A shape that comes again is replayed as a graph: it computes the picture that is asked for, not the last one."""
-    loaded = load_tower(str(model_dir), "float32", "cuda")
-    first, second, other = pictures([SIZES[0], SIZES[0], SIZES[2]])
-    for batch in ([first], [second], [other], [first], [second, other], [other, other], [second], [second, other]):
-        assert difference(embed(loaded, *batch).cpu(), embed(on_cpu, *batch)) < FLOAT32_TOLERANCE
-    kept = embed(loaded, first)
-    embed(loaded, second)
-    assert difference(kept.cpu(), embed(on_cpu, first)) < FLOAT32_TOLERANCE
-    tower: Any = loaded.tower
-    assert tower._graphs.num_captured > 0

@@ -13,7 +13,6 @@ from kvrelay_engine.vision.gemma3.config import GemmaVisionConfig
 from kvrelay_engine.vision.gemma3.weights import LayerWeights, LinearWeights, NormWeights, TowerWeights
 from kvrelay_engine.vision.image_input import ImageInput, to_device
 from kvrelay_engine.vision.segments import Segments
-from kvrelay_engine.vision.shape_graphs import ShapeGraphs
 from kvrelay_kernels.norm import rms_norm
 
 
@@ -25,7 +24,6 @@ class GemmaVisionTower:
         self._layers = [Layer(config, layer) for layer in weights.layers]
         self._norm = LayerNorm(config, weights.norm)
         self._project = Projector(config, weights)
-        self._graphs = ShapeGraphs()
 
     @torch.inference_mode()
     def encode(self, images: Sequence[ImageInput]) -> list[Tensor]:
@@ -35,14 +33,10 @@ class GemmaVisionTower:
         views_BCSS = torch.cat([to_device(image.pixels, device, dtype) for image in images])
         x_BLE = self._embed_patches(_cut(views_BCSS, self._config.patch_size)) + positions_LE
         num_views, view_patches, _ = x_BLE.shape
-        views = Segments(((num_views, view_patches),))
-
-        def compute(x_NE: Tensor) -> Tensor:
-            for layer in self._layers:
-                x_NE = layer(x_NE, views)
-            return self._project(self._norm(x_NE))
-
-        embeddings_MO = self._graphs.run(num_views, compute, x_BLE.flatten(0, 1)).clone()
+        x_NE, views = x_BLE.flatten(0, 1), Segments(((num_views, view_patches),))
+        for layer in self._layers:
+            x_NE = layer(x_NE, views)
+        embeddings_MO = self._project(self._norm(x_NE))
         return list(embeddings_MO.split_with_sizes([image.num_tokens for image in images]))
 
 

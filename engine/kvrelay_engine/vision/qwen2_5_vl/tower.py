@@ -13,13 +13,11 @@ from torch import Tensor
 
 from kvrelay_engine.models.layers.linear import linear_for_prompts
 from kvrelay_engine.models.layers.mlp import GatedMlp
-from kvrelay_engine.models.layers.rope import RopeRows
 from kvrelay_engine.vision.image_input import ImageInput, to_device
 from kvrelay_engine.vision.qwen2_5_vl.config import QwenVisionConfig
 from kvrelay_engine.vision.qwen2_5_vl.patch_layout import lay_out
 from kvrelay_engine.vision.qwen2_5_vl.weights import LayerWeights, MergerWeights, TowerWeights
 from kvrelay_engine.vision.segments import Segments
-from kvrelay_engine.vision.shape_graphs import ShapeGraphs
 from kvrelay_kernels.norm import add_rms_norm, rms_norm
 from kvrelay_kernels.rope import apply_rope
 
@@ -37,7 +35,6 @@ class QwenVisionTower:
         self._mlps = [GatedMlp(layer.mlp, linear_for_prompts) for layer in weights.layers]
         self._norms_E.append(weights.merger.norm_E)
         self._merge = Merger(weights.merger)
-        self._graphs = ShapeGraphs()
 
     @torch.inference_mode()
     def encode(self, images: Sequence[ImageInput]) -> list[Tensor]:
@@ -46,28 +43,19 @@ class QwenVisionTower:
         layout = lay_out([image.grid for image in images], self._config)
         order_M = layout.order_M.to(self._device)
         x_NE = self._embed_patches(_permute(patches_NI, order_M))
-        cos_sin_ND = self._rope_table(layout.coordinates_N2.to(self._device))
-        merged_MO = self._run(x_NE, cos_sin_ND, layout.windows, layout.frames.to(self._device))
+        tables = self._rope_table(layout.coordinates_N2.to(self._device))
+        windows, frames = layout.windows.to(self._device), layout.frames.to(self._device)
+        merged_MO = self._merge(self._run_layers(x_NE, tables, windows, frames))
         in_order_MO = torch.empty_like(merged_MO).index_copy_(0, order_M, merged_MO)
         return list(in_order_MO.split_with_sizes([image.num_tokens for image in images]))
 
-    def _run(self, x_NE: Tensor, cos_sin_ND: Tensor, windows: Segments, frames: Segments) -> Tensor:
-        """Of embedded patches, which lie by window, the embeddings in that order; good until the next call."""
-
-        def compute(x_NE: Tensor, cos_sin_ND: Tensor, *order_N: Tensor) -> Tensor:
-            rope = RopeRows(torch.arange(len(x_NE), device=x_NE.device), cos_sin_ND)
-            return self._merge(self._run_layers(x_NE, rope, windows, Segments(frames.groups, *order_N)))
-
-        order_N = () if frames.order_N is None else (frames.order_N,)
-        return self._graphs.run((windows.groups, frames.groups, len(order_N)), compute, x_NE, cos_sin_ND, *order_N)
-
-    def _run_layers(self, residual_NE: Tensor, rope: RopeRows, windows: Segments, frames: Segments) -> Tensor:
+    def _run_layers(self, residual_NE: Tensor, cos_sin_ND: Tensor, windows: Segments, frames: Segments) -> Tensor:
         """The sum after the last layer, normalised for the merger."""
         norms_E = iter(self._norms_E)
         x_NE = rms_norm(residual_NE, next(norms_E), _EPS)
         for index, (attention, mlp) in enumerate(zip(self._attentions, self._mlps, strict=True)):
             segments = frames if index in self._config.full_attention_layers else windows
-            x_NE = attention(x_NE, rope, segments)
+            x_NE = attention(x_NE, cos_sin_ND, segments)
             x_NE, residual_NE = add_rms_norm(x_NE, residual_NE, next(norms_E), _EPS)
             x_NE = mlp(x_NE)
             x_NE, residual_NE = add_rms_norm(x_NE, residual_NE, next(norms_E), _EPS)
@@ -89,9 +77,10 @@ class Attention:
         self._project_qkv = linear_for_prompts(weights.qkv_OE, weights.qkv_bias_O)
         self._project_output = linear_for_prompts(weights.output_EE, weights.output_bias_E)
 
-    def __call__(self, x_NE: Tensor, rope: RopeRows, segments: Segments) -> Tensor:
+    def __call__(self, x_NE: Tensor, cos_sin_ND: Tensor, segments: Segments) -> Tensor:
         q_NHD, k_NHD, v_NHD = self._project_qkv(x_NE).view(-1, *self._heads).unbind(1)
-        q_NHD, k_NHD = apply_rope(q_NHD, k_NHD, rope.rows_N, rope.cos_sin_PD)
+        rows_N = torch.arange(len(x_NE), device=x_NE.device)
+        q_NHD, k_NHD = apply_rope(q_NHD, k_NHD, rows_N, cos_sin_ND)
         return self._project_output(segments.attend(q_NHD, k_NHD, v_NHD).flatten(1))
 
 
