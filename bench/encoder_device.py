@@ -38,7 +38,7 @@ CONFIG = QwenVisionConfig(
 )  # fmt: skip
 PEAK_SIDE = 8192  # of the square product that is taken for the GPU's peak
 PATCHES_PER_STEP = 65_536  # that an encoder on a GPU takes
-WARM_UPS, TIMED = 3, 10
+WARM_UPS, TIMED = 2, 6
 Product = tuple[int, int, int]  # rows, inner size, columns
 
 

@@ -16,6 +16,7 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -36,11 +37,11 @@ from measured import print_table, provenance, write_result  # noqa: E402
 from msgspec import to_builtins  # noqa: E402
 
 NUM_IMAGES = (0, 1, 4)
-WARM_UPS = 3
+WARM_UPS = 2
 ARRANGEMENTS: dict[str, tuple[str, int]] = {  # what is changed in the engines, and the encoder's GPU
-    "encoder beside decode": ("handoff_clock", 1),
     "encoder beside prefill": ("handoff_clock", 0),
     "prefill encodes": ("encode_in_prefill", 0),
+    "encoder beside decode": ("handoff_clock", 1),
 }
 
 
@@ -49,28 +50,36 @@ def main() -> int:
     if torch.cuda.device_count() < 2:
         print("bench/encoder_traffic.py needs two NVIDIA GPUs; nothing was measured", file=sys.stderr)
         return 1
-    load = Load(args.rate, args.requests, args.max_tokens, args.streams)
+    began_s = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="kvrelay-bench-", dir=args.folder) as folder, ExitStack() as stack:
         model_dir = make_wide_model(Path(folder) / "model", args.side, torch.device("cuda"))
         torch.cuda.empty_cache()
         os.environ[MEDIA_FOLDER] = folder
         clusters = start(args.arrangements, model_dir, stack)
-        cells = {}
-        for name, cluster in clusters.items():
-            cells[name] = asyncio.run(measure(cluster, load, args.side))
-            print(f"{name}: {to_builtins(cells[name])}", file=sys.stderr)
+        result = measure_clusters(args, clusters, began_s + args.time_s)
+        print_result(result)
+        print(f"\nwritten to {write_result('encoder_traffic', result).relative_to(ROOT)}", flush=True)
         for cluster in clusters.values():
             cluster.assert_no_leaks()
-        stages = {name: summary_of(read_stages(cluster.folder)) for name, cluster in clusters.items()}
-    result = {
+    return 0
+
+
+def measure_clusters(args: argparse.Namespace, clusters: dict[str, ChangedCluster], until_s: float) -> dict[str, Any]:
+    load = Load(args.rate, args.requests, args.max_tokens, args.streams)
+    cells: dict[str, dict[str, Cell]] = {}
+    for name, cluster in clusters.items():
+        if time.monotonic() >= until_s:
+            print(f"{name} was left out: {args.time_s:g} s are over", file=sys.stderr)
+            continue
+        cells[name] = asyncio.run(measure(cluster, load, args.side))
+        print(f"{name}: {to_builtins(cells[name])}", file=sys.stderr, flush=True)
+    stages = {name: summary_of(read_stages(clusters[name].folder)) for name in cells}
+    return {
         "provenance": {**provenance(), "gpus": f"2 {torch.cuda.get_device_name()}"},
         "settings": {name: getattr(args, name) for name in ("side", "rate", "requests", "max_tokens", "streams")},
         "at_rate_ms": {name: to_builtins(by_images) for name, by_images in cells.items()},
         "handoff_ms": {name: stage for name, stage in stages.items() if stage},
     }
-    print_result(result)
-    print(f"\nwritten to {write_result('encoder_traffic', result).relative_to(ROOT)}")
-    return 0
 
 
 def parse_args() -> argparse.Namespace:
@@ -80,6 +89,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=30, help="for each number of images")
     parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument("--streams", type=int, default=4, help="of text that run beside all requests")
+    parser.add_argument("--time-s", type=float, default=600.0, help="after which no other arrangement is begun")
     parser.add_argument("--folder", default="/tmp", help="where the checkpoint goes")
     parser.add_argument(
         "--arrangements", type=lambda text: text.split(","), default=list(ARRANGEMENTS), help="some of them, by commas"

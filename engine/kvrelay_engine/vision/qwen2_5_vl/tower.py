@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvrelay_engine.models.layers.linear import linear_for_prompts
 from kvrelay_engine.models.layers.mlp import GatedMlp
+from kvrelay_engine.models.layers.rope import RopeRows
 from kvrelay_engine.vision.image_input import ImageInput, to_device
 from kvrelay_engine.vision.qwen2_5_vl.config import QwenVisionConfig
 from kvrelay_engine.vision.qwen2_5_vl.patch_layout import lay_out
@@ -43,30 +44,31 @@ class QwenVisionTower:
         layout = lay_out([image.grid for image in images], self._config)
         order_M = layout.order_M.to(self._device)
         x_NE = self._embed_patches(_permute(patches_NI, order_M))
-        tables = self._rope_table(layout.coordinates_N2.to(self._device))
+        rope = self._rope_rows(layout.coordinates_N2.to(self._device))
         windows, frames = layout.windows.to(self._device), layout.frames.to(self._device)
-        merged_MO = self._merge(self._run_layers(x_NE, tables, windows, frames))
+        merged_MO = self._merge(self._run_layers(x_NE, rope, windows, frames))
         in_order_MO = torch.empty_like(merged_MO).index_copy_(0, order_M, merged_MO)
         return list(in_order_MO.split_with_sizes([image.num_tokens for image in images]))
 
-    def _run_layers(self, residual_NE: Tensor, cos_sin_ND: Tensor, windows: Segments, frames: Segments) -> Tensor:
+    def _run_layers(self, residual_NE: Tensor, rope: RopeRows, windows: Segments, frames: Segments) -> Tensor:
         """The sum after the last layer, normalised for the merger."""
         norms_E = iter(self._norms_E)
         x_NE = rms_norm(residual_NE, next(norms_E), _EPS)
         for index, (attention, mlp) in enumerate(zip(self._attentions, self._mlps, strict=True)):
             segments = frames if index in self._config.full_attention_layers else windows
-            x_NE = attention(x_NE, cos_sin_ND, segments)
+            x_NE = attention(x_NE, rope, segments)
             x_NE, residual_NE = add_rms_norm(x_NE, residual_NE, next(norms_E), _EPS)
             x_NE = mlp(x_NE)
             x_NE, residual_NE = add_rms_norm(x_NE, residual_NE, next(norms_E), _EPS)
         return x_NE
 
-    def _rope_table(self, coordinates_N2: Tensor) -> Tensor:
-        """float32 [N, D]: of each patch D/2 cosines, then D/2 sines; the first half of each by its row."""
+    def _rope_rows(self, coordinates_N2: Tensor) -> RopeRows:
+        """A row of the table for each patch: D/2 cosines, then D/2 sines; the first half of each by its row."""
         half = self._config.head_dim // 2
         exponents = torch.arange(0, half, 2, dtype=torch.float32, device=coordinates_N2.device) / half
         angles_NC = (coordinates_N2.unsqueeze(-1) * (1.0 / self._config.rope_theta**exponents)).flatten(1)
-        return torch.cat([angles_NC.cos(), angles_NC.sin()], dim=-1)
+        rows_N = torch.arange(len(angles_NC), device=angles_NC.device)
+        return RopeRows(rows_N, torch.cat([angles_NC.cos(), angles_NC.sin()], dim=-1))
 
 
 class Attention:
@@ -77,10 +79,9 @@ class Attention:
         self._project_qkv = linear_for_prompts(weights.qkv_OE, weights.qkv_bias_O)
         self._project_output = linear_for_prompts(weights.output_EE, weights.output_bias_E)
 
-    def __call__(self, x_NE: Tensor, cos_sin_ND: Tensor, segments: Segments) -> Tensor:
+    def __call__(self, x_NE: Tensor, rope: RopeRows, segments: Segments) -> Tensor:
         q_NHD, k_NHD, v_NHD = self._project_qkv(x_NE).view(-1, *self._heads).unbind(1)
-        rows_N = torch.arange(len(x_NE), device=x_NE.device)
-        q_NHD, k_NHD = apply_rope(q_NHD, k_NHD, rows_N, cos_sin_ND)
+        q_NHD, k_NHD = apply_rope(q_NHD, k_NHD, rope.rows_N, rope.cos_sin_PD)
         return self._project_output(segments.attend(q_NHD, k_NHD, v_NHD).flatten(1))
 
 
