@@ -100,7 +100,7 @@ class TransferBench:
                 with tempfile.TemporaryDirectory(prefix="kvb-", dir="/tmp") as folder:
                     pair = self._pair(name, source, span_bytes, folder)
                     try:
-                        rows += self._measure_pair(name, pair, span_bytes)
+                        rows += tell(self._measure_pair(name, pair, span_bytes))
                     finally:
                         pair.close()
         except (ConfigError, TransferError, UnavailableError, DeadlineError) as error:
@@ -238,6 +238,13 @@ class TransferBench:
             "ms_per_copy": (beside_ms - alone_ms) * DECODE_STEPS / feed.num_posted,
             "moved_gb_per_s": feed.num_posted * self._size_bytes / seconds / 1e9,
         }  # fmt: skip
+
+
+def tell(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As they come: a run that is cut short has said something."""
+    for row in rows:
+        print(f"{row['span_bytes'] >> 10} KiB, {row['way']}: {row['ms']:.3f} ms", file=sys.stderr, flush=True)
+    return rows
 
 
 def void(_: object) -> None:

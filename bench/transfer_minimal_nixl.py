@@ -37,7 +37,9 @@ def minimal_nixl(
     assert source.stdin is not None and source.stdout is not None
     try:
         # The library may say something of its own before.
-        line = next(line for line in source.stdout if line.startswith(_READY))
+        line = next((line for line in source.stdout if line.startswith(_READY)), None)
+        if line is None:
+            raise ConfigError("nixl is not installed, or finds no transport")
         name, address, metadata = line.removeprefix(_READY).split()
         agent, memory = _make_agent(reader_device, size_bytes, fill=0)
         agent.add_remote_agent(bytes.fromhex(metadata))
