@@ -20,6 +20,7 @@ WORKER_FLAGS = (
     "--connector",
     "--block-tokens",
     "--kv-blocks",
+    "--sliding-blocks",
     "--memory-fraction",
     "--max-model-len",
     "--max-num-seqs",
@@ -95,6 +96,12 @@ def add_worker_flags(parser: argparse.ArgumentParser) -> None:
         help="tokens in a KV block, a power of two (default 64)",
     )
     group.add_argument("--kv-blocks", type=flag_types.integer(2), metavar="N", help="KV blocks in each worker's pool")
+    group.add_argument(
+        "--sliding-blocks",
+        type=flag_types.integer(2),
+        metavar="N",
+        help="KV blocks of layers with a window, where the model has others too; default what all sequences need",
+    )
     group.add_argument(
         "--memory-fraction",
         type=flag_types.number(0.01, 1.0),

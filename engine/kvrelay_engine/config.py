@@ -44,6 +44,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     block_tokens: int = 64
     hash_unit_tokens: int = 64
     kv_blocks: int | None = None  # blocks of the pool; excludes memory_fraction
+    sliding_blocks: int | None = None  # of the pool for layers with a window, where there are others too
     memory_fraction: float | None = None  # of the device's memory, that this worker uses in all
     max_model_len: int | None = None  # prompt and output, tokens
 
@@ -134,8 +135,9 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             )
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ConfigError("max_model_len must be at least 2: one token in, one out", field="max_model_len")
-        if self.kv_blocks is not None and self.kv_blocks < 2:
-            raise ConfigError("kv_blocks must be at least 2: block 0 is never used", field="kv_blocks")
+        for name in ("kv_blocks", "sliding_blocks"):
+            if getattr(self, name) is not None and getattr(self, name) < 2:
+                raise ConfigError(f"{name} must be at least 2: block 0 is never used", field=name)
 
     def _check_shares_and_times(self) -> None:
         if self.kv_blocks is not None and self.memory_fraction is not None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from kvrelay_core.clock import Clock
+from kvrelay_core.errors import ConfigError
 from kvrelay_engine.block_pool import BlockPool
 from kvrelay_engine.config import EngineConfig
 from kvrelay_engine.handoff_fetches import EmittedFetches
@@ -114,12 +115,16 @@ def count_blocks(config: EngineConfig, loaded: LoadedModel, layouts: tuple[KvLay
         return (config.kv_blocks or min(useful, _share(config, loaded).blocks_of(layouts[0])),)
     full, sliding = layouts
     if config.kv_blocks is not None:
-        most = sliding_blocks_for(config, sliding, config.max_num_seqs)
-        return config.kv_blocks, min(config.kv_blocks, most)
-    num_full, num_sliding = split_bytes(
-        _share(config, loaded).bytes_for(full.block_bytes + sliding.block_bytes), config, full, sliding, max_model_len
-    )
-    return min(useful, num_full), num_sliding
+        num_sliding = min(config.kv_blocks, sliding_blocks_for(config, sliding, config.max_num_seqs))
+        return config.kv_blocks, config.sliding_blocks or num_sliding
+    size_bytes = _share(config, loaded).bytes_for(full.block_bytes + sliding.block_bytes)
+    if config.sliding_blocks is None:
+        num_full, num_sliding = split_bytes(size_bytes, config, full, sliding, max_model_len)
+        return min(useful, num_full), num_sliding
+    num_full = (size_bytes - config.sliding_blocks * sliding.block_bytes) // full.block_bytes
+    if num_full < 2:
+        raise ConfigError(f"sliding_blocks {config.sliding_blocks} leave no room for others", field="sliding_blocks")
+    return min(useful, num_full), config.sliding_blocks
 
 
 def split_bytes(

@@ -12,7 +12,7 @@ from itertools import product
 import pytest
 from cluster import Cluster
 from vision_cases import MODELS, VisionCases
-from vision_checks import CONNECTORS, GRAINS, check_all_at_once, check_cold, check_shared_beginnings, check_warm
+from vision_checks import CONNECTORS, GRAINS, POOLS, check_all_at_once, check_cold, check_shared_beginnings, check_warm
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
@@ -30,7 +30,7 @@ def cells() -> list[object]:
 @pytest.mark.parametrize(("model", "connector", "grain"), cells())
 async def test_encoder_exact_matrix(vision_cases: VisionCases, model: str, connector: str, grain: str) -> None:
     case = vision_cases(model)
-    with Cluster(case.model_dir, encoder=1, connector=connector, kv_blocks=640, **GRAINS[grain]) as cluster:
+    with Cluster(case.model_dir, encoder=1, connector=connector, **POOLS, **GRAINS[grain]) as cluster:
         async with cluster.client() as client:
             await check_cold(client, case.questions)
             await check_warm(client, case, case.questions)

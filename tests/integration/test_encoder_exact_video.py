@@ -12,7 +12,7 @@ from itertools import product
 import pytest
 from cluster import Cluster
 from vision_cases import VisionCases
-from vision_checks import CONNECTORS, GRAINS, check_all_at_once, check_cold, check_shared_beginnings, check_warm
+from vision_checks import CONNECTORS, GRAINS, POOLS, check_all_at_once, check_cold, check_shared_beginnings, check_warm
 from vision_questions import VIDEO_LAYOUTS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
@@ -32,7 +32,7 @@ def cells() -> list[object]:
 async def test_encoder_exact_video(vision_cases: VisionCases, connector: str, grain: str) -> None:
     case = vision_cases("qwen2_5_vl")
     questions = case.video_questions(FEW if (connector, grain) == SAMPLED else VIDEO_LAYOUTS)
-    with Cluster(case.model_dir, encoder=1, connector=connector, kv_blocks=640, **GRAINS[grain]) as cluster:
+    with Cluster(case.model_dir, encoder=1, connector=connector, **POOLS, **GRAINS[grain]) as cluster:
         async with cluster.client() as client:
             await check_cold(client, questions)
             await check_warm(client, case, questions)

@@ -13,6 +13,8 @@ from vision_questions import NUM_TOKENS, Question, usable_prefix
 from kvrelay_client import AsyncClient
 
 HIT_TOKENS = 64
+# Nothing is forgotten: what is cached is known to the token, in layers with a window as well.
+POOLS: dict[str, Any] = {"kv_blocks": 640, "sliding_blocks": 640}
 CONNECTORS = ("shm", "grpc")
 # Whole prompts in large blocks; chunks that end inside of small ones; and steps of less than Gemma's image of 16.
 GRAINS: dict[str, dict[str, Any]] = {

@@ -163,6 +163,7 @@ def _engine_config(args: argparse.Namespace) -> EngineConfig:
         "dtype": args.dtype,
         "num_threads": args.threads_per_worker,
         "kv_blocks": args.kv_blocks,
+        "sliding_blocks": args.sliding_blocks,
         "memory_fraction": args.memory_fraction,
         "max_model_len": args.max_model_len,
         "max_num_seqs": args.max_num_seqs,
