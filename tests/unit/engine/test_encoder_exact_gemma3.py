@@ -29,6 +29,7 @@ from vl_checkpoints import (
 )
 
 from kvrelay_engine.loader import LoadedModel, load_model
+from kvrelay_transfer.layout import KvLayout
 
 NUM_TOKENS = 24
 MIN_MARGIN = 2e-4  # between the best two logits of every token: far above what rounding does
@@ -263,3 +264,15 @@ def test_encoder_exact_half_precision_is_close(wide: Case) -> None:
     rig = ModelRig(load_model(str(wide.model_dir), "bfloat16", "cpu"))
     rig.step([rig.add(question.prompt, 1, question.images)])
     assert ((rig.logits[0] - logits[0]).norm() / logits[0].norm()).item() < 0.06
+
+
+@pytest.mark.parametrize("early", [1, 2])
+def test_encoder_exact_blocks_of_the_window_matter(narrow: Case, early: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is freed a block too early is missed."""
+    question, tokens, _ = narrow.answers["text only"]
+    first_block = KvLayout.first_block
+    monkeypatch.setattr(KvLayout, "first_block", lambda layout, n: first_block(layout, n) + early)
+    rig = narrow.rig()
+    sequence = rig.add(question.prompt, NUM_TOKENS, question.images)
+    rig.generate([sequence], NUM_TOKENS, 16)
+    assert sequence.generated != tokens

@@ -7,7 +7,7 @@ from handoff_sides import LAYOUT
 from msgspec.structs import replace
 
 from kvrelay_core.errors import ConfigError, MismatchError
-from kvrelay_transfer.layout import KvLayout, block_keys
+from kvrelay_transfer.layout import KvLayout, block_keys, check_groups
 
 
 def test_block_bytes_is_the_product_of_the_shape() -> None:
@@ -90,3 +90,21 @@ def test_a_large_block_is_keyed_by_its_last_unit() -> None:
 def test_small_blocks_of_a_unit_are_keyed_by_unit_and_index() -> None:
     layout = replace(LAYOUT, block_tokens=4, hash_unit_tokens=8)
     assert block_keys([b"a", b"b"], layout) == [b"a\0\0", b"a\1\0", b"b\0\0", b"b\1\0"]
+
+
+def test_a_window_is_part_of_the_fingerprint_and_of_the_content() -> None:
+    """Without one the fingerprint is what it was before there were any."""
+    window = replace(LAYOUT, window=24)
+    assert window.fingerprint() != LAYOUT.fingerprint() != replace(LAYOUT, window=25).fingerprint()
+    assert KvLayout("float32", 1, 2, 64, 8).fingerprint().hex()[:16] == "51448c765c0ea21d"
+    with pytest.raises(MismatchError, match="window"):
+        LAYOUT.check_compatible(window)
+    with pytest.raises(MismatchError, match="2 KV groups"):
+        check_groups([LAYOUT], [LAYOUT, window])
+    check_groups([LAYOUT, window], [LAYOUT, window])
+
+
+@pytest.mark.parametrize(("num_tokens", "first"), [(0, 0), (23, 0), (27, 1), (28, 1), (31, 2)])
+def test_the_first_block_of_a_window(num_tokens: int, first: int) -> None:
+    assert replace(LAYOUT, window=24).first_block(num_tokens) == first
+    assert LAYOUT.first_block(num_tokens) == 0

@@ -50,6 +50,8 @@ def test_a_reader_is_checked_by_its_pool_of_our_kind() -> None:
         wire.check_reader(request, (EmbeddingLayout("bfloat16", 32),))
     with pytest.raises(MismatchError, match="head_dim"):
         wire.check_reader(request, (replace(KV, head_dim=16),))
+    with pytest.raises(MismatchError, match="the source has 2 KV groups, this worker 1"):
+        wire.check_reader(request, (KV, replace(KV, window=24)))
 
 
 def test_a_peer_has_one_pool_of_either_kind() -> None:

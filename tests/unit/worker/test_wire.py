@@ -8,11 +8,12 @@ import pytest
 from fake_engine import LAYOUT
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from kvrelay.v1 import common_pb2 as pb
 from kvrelay.v1 import kv_source_pb2
 from kvrelay_core.error_info import info_of
-from kvrelay_core.errors import InvalidRequestError, PoolExhaustedError
+from kvrelay_core.errors import InvalidRequestError, MismatchError, PoolExhaustedError
 from kvrelay_core.request import AttemptId
 from kvrelay_engine.load_messages import ConnectorLoad, LinkLoad, Load, ReadCounts
 from kvrelay_engine.messages import ReleaseReason
@@ -38,6 +39,17 @@ def make_ticket(blocks: list[tuple[int, int]], wall_cap_s: float = 10.0) -> KvTi
         unit_hashes=b"h" * 64,
         lease=LeaseTerms(wall_cap_s=wall_cap_s),
     )
+
+
+def test_a_ticket_of_two_groups_survives_the_wire() -> None:
+    """And one of a model with one group sends what it sent before there were more."""
+    one = make_ticket([(3, 30)])
+    two = replace(
+        one, groups=(*one.groups, GroupBlocks(1, 16, (5,), (50,))), more_layouts=(replace(LAYOUT, window=24),)
+    )
+    assert wire.ticket_from_wire(pb.KvTicket.FromString(wire.ticket_to_wire(two).SerializeToString())) == two
+    sent = wire.ticket_to_wire(one)
+    assert not sent.more_layouts and b"window" not in str(sent).encode()
 
 
 @given(WORDS, st.floats(0, 1e9))
@@ -94,6 +106,12 @@ def test_a_peer_is_named_by_the_address_that_was_dialled() -> None:
     )
     peer = peer_from_wire("127.0.0.1:1", response)
     assert (peer.peer_id, peer.layout, peer.offers[0].name) == ("127.0.0.1:1", LAYOUT, "shm")
+    window = replace(LAYOUT, num_layers=7, window=24)
+    response.more_pools.add(layout=wire.layout_to_wire(window), offers=response.offers)
+    peer = peer_from_wire("127.0.0.1:1", response)
+    assert peer.layouts == (LAYOUT, window) and peer.of_group(1).offers == peer.offers
+    with pytest.raises(MismatchError, match="has 2 KV groups"):
+        peer.of_group(2)
     response.layouts.add()
     with pytest.raises(InvalidRequestError, match="names 2 layouts"):
         peer_from_wire("127.0.0.1:1", response)
