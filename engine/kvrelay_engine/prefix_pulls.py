@@ -235,15 +235,16 @@ class PrefixPulls:
 
     def _hold_blocks(self, pull: _Pull, parts: list[GroupPull]) -> None:
         """Our cached blocks first, so that room for the missing ones is not made at their cost; all or nothing."""
+        pull.groups = parts
         for group, part, reserve in zip(self._groups, parts, self._reserves, strict=True):
             keys = part.keys[part.plan.local_first :]
             cached = group.pool.lookup(keys)
             group.pool.pin(cached)
-            missing = reserve(len(keys) - len(cached)) if len(cached) < len(keys) else []
+            part.take(cached, [])  # they count as held from now on
+            missing = reserve(len(keys) - len(cached))
             pull.is_over |= missing is None
             part.take(cached, missing or [])
             part.complete()
-        pull.groups = parts
         pull.num_cached = parts[FULL_GROUP].num_reused
         pull.is_over |= pull.is_whole
 

@@ -271,11 +271,11 @@ class Scheduler:
 
     def reserve_spare(self, num_blocks: int) -> list[int] | None:
         """Blocks that nobody is short of, for KV that may be of use; None when there are not so many."""
-        is_short = self.waiting or num_blocks + self._watermark() > self._pool.num_free
+        is_short = num_blocks and (self.waiting or num_blocks + self._watermark() > self._pool.num_free)
         return None if is_short else self._pool.reserve(num_blocks)
 
     def reserve_spare_sliding(self, num_blocks: int) -> list[int] | None:
-        """The same of the sliding group."""
+        """The same of the sliding group: what has been promised is not to be lent, nor to be pinned."""
         assert self._sliding is not None
         is_short = self.waiting or num_blocks > self._sliding.num_unpromised
         return None if is_short else self._sliding.pool.reserve(num_blocks)

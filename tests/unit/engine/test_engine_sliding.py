@@ -16,9 +16,10 @@ from msgspec.structs import replace
 
 from kvrelay_core.error_info import info_of
 from kvrelay_core.errors import StaleTicketError, TransferError
-from kvrelay_core.request import ChoiceState
+from kvrelay_core.request import AttemptId, ChoiceState, PrefixHint
 from kvrelay_engine import messages
 from kvrelay_engine.kv_group import SLIDING_GROUP
+from kvrelay_engine.prefix_messages import LookupPrefix, PrefixFound, PrefixPulled, PrefixTicket, PrefixWanted
 from kvrelay_engine.sliding_blocks import most_while_computing, most_while_decoding
 from kvrelay_transfer.ticket import KvTicket
 
@@ -321,3 +322,70 @@ def test_a_ticket_that_names_other_blocks_of_the_window_is_a_mismatch(pairs: lis
         assert pair.reader.error(request) == "MismatchError"
     pair.source.abort(1)
     pair.run()
+
+
+# --------------------------------------------------------------------------------- prefixes from elsewhere
+
+
+def pull_prefix(pair: EnginePair, request_id: int, prompt: list[int], num_hinted: int) -> None:
+    """A prefill at the reader's with a hint to the source, up to the ticket: what the services carry between them."""
+    hint = PrefixHint(pair.source.peer.peer_id, num_hinted)
+    attempt = AttemptId("router", str(request_id), 1)
+    pair.reader.engine.handle(messages.Decode(request_id, attempt, make_generation(prompt, 9), None, hint))
+    for wanted in [event for event in pair.reader.of(PrefixWanted) if event.id == request_id]:
+        pair.source.engine.handle(LookupPrefix(request_id, wanted.attempt, wanted.unit_hashes))
+        (answer,) = [event for event in pair.source.of(PrefixTicket) if event.call == request_id]
+        pair.reader.engine.handle(PrefixFound(request_id, answer.ticket))
+
+
+def test_a_prefix_is_pulled_with_its_window(pairs: list[EnginePair]) -> None:
+    pair = make_pair(pairs, prefix_wait_s=5.0)
+    prompt = prompt_of(90)
+    pair.source.prefill(1, make_generation(prompt))
+    pair.source.run()
+    pull_prefix(pair, 2, [*prompt, 5, 6], 90)
+    assert pair.reader.sliding is not None
+    pair.turn()
+    assert pair.reader.load().sliding_blocks == 3, "what token 88 sees: 79 to 87"
+    pair.run()
+    assert pair.reader.tokens(2) == continuation([*prompt, 5, 6], 9)
+    (pulled,) = pair.reader.of(PrefixPulled)
+    assert pulled.timing.blocks_pulled == 22 and pair.reader.runner.batches[0] == [4]
+
+
+def test_only_what_is_missing_of_each_group_is_pulled(pairs: list[EnginePair]) -> None:
+    """The reader has all of the one group; what has been evicted is the window."""
+    pair = make_pair(pairs, prefix_wait_s=5.0)
+    prompt = prompt_of(90)
+    for rig in (pair.source, pair.reader):
+        rig.prefill(1, make_generation(prompt))
+        rig.run()
+    drop(pair.reader, prompt, tuple(range(22)))
+    pull_prefix(pair, 2, [*prompt, 5, 6], 90)
+    pair.run()
+    (pulled,) = pair.reader.of(PrefixPulled)
+    assert (pulled.timing.blocks_pulled, pulled.timing.blocks_reused) == (0, 22) and pulled.timing.size_bytes > 0
+    assert pair.reader.tokens(2) == continuation([*prompt, 5, 6], 9)
+
+
+@pytest.mark.parametrize("num_cached", [0, 90])
+def test_a_pull_takes_nothing_that_was_promised(pairs: list[EnginePair], num_cached: int) -> None:
+    """Not even by pinning what is cached here."""
+    pair = make_pair(pairs, prefix_wait_s=5.0, sliding_blocks=15)
+    prompt = prompt_of(90)
+    pair.source.prefill(1, make_generation(prompt))
+    pair.source.run()
+    if num_cached:
+        pair.reader.prefill(1, make_generation(prompt))
+        pair.reader.run()
+        drop(pair.reader, prompt, (3,))
+        pair.reader.pool.clear_cache()
+    for request in (2, 3):
+        pair.reader.decode(request, make_generation(prompt_of(60, request), 30))
+        pair.reader.step()
+    pull_prefix(pair, 4, [*prompt, 5, 6], 90)
+    pair.run()
+    for request, asked in ((2, prompt_of(60, 2)), (3, prompt_of(60, 3))):
+        assert pair.reader.tokens(request) == continuation(asked, 30)
+    assert pair.reader.tokens(4) == continuation([*prompt, 5, 6], 9)
+    assert not pair.reader.the(PrefixPulled).timing.blocks_pulled
