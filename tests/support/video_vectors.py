@@ -41,6 +41,8 @@ CASES = {
     "long": VideoCase((3, 200, 9)),
     "high": VideoCase((2, 7, 90)),
     "patch of 14": VideoCase((3, 100, 75), {"min_pixels": 56 * 56, "max_pixels": 84 * 84}, every=3),
+    # The processor's own bounds. They are said, since some versions take over those of the last one that was made.
+    "large": VideoCase((4, 160, 120), {"size": {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}}, 61),
     "other colours": VideoCase(
         (2, 33, 31), {**SMALL, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.25, 0.2], "rescale_factor": 1 / 127}
     ),
