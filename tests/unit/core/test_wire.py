@@ -45,7 +45,10 @@ SAMPLING = st.builds(
 )
 LOGPROBS = st.builds(TokenLogprobs, FLOAT, st.lists(st.tuples(U32, FLOAT), max_size=3).map(tuple))
 SECONDS = st.integers(0, 10**6).map(lambda milliseconds: milliseconds / 1e3)
-MEDIA = st.builds(MediaReference, st.binary(min_size=32, max_size=32), st.just(0), U32, st.tuples(U32, U32, U32), U32)
+HASH, GRID = st.binary(min_size=32, max_size=32), st.tuples(U32, U32, U32)
+MEDIA = st.builds(MediaReference, HASH, st.just(0), U32, GRID, U32) | st.builds(
+    MediaReference, HASH, st.just(0), U32, GRID, st.just(0), st.floats(1e-3, 1e6)
+)
 
 
 def behind_each_other(media: list[MediaReference]) -> tuple[MediaReference, ...]:
@@ -102,6 +105,10 @@ def test_a_reason_of_a_later_release_is_an_error_not_a_crash() -> None:
         pb.Generation(prompt_token_ids=[1], choices=[pb.ChoiceState(index=0), pb.ChoiceState(index=0)]),
         pb.Generation(prompt_token_ids=[1], media=[pb.MediaReference(content_hash=b"short", num_tokens=1)]),
         pb.Generation(prompt_token_ids=[1], media=[pb.MediaReference(content_hash=bytes(32), num_tokens=2)]),
+        pb.Generation(
+            prompt_token_ids=[1],
+            media=[pb.MediaReference(content_hash=bytes(32), num_tokens=1, seconds_per_grid=float("nan"))],
+        ),
     ],
 )
 def test_malformed_generations_are_refused(message: pb.Generation) -> None:

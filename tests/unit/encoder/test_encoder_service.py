@@ -18,7 +18,9 @@ from kvrelay.v1.worker_pb2_grpc import WorkerServiceStub
 from kvrelay_core.error_info import info_of
 from kvrelay_core.errors import InvalidRequestError, KvRelayError, WorkerLostError
 from kvrelay_core.media.media_hash import media_hash
+from kvrelay_core.media.video import VideoFrames
 from kvrelay_core.rpc.status import error_from_rpc
+from kvrelay_core.rpc.wire import media_content_to_wire
 from kvrelay_encoder.role import EncoderRole
 from kvrelay_engine.encoder_messages import EncodeItem, ItemEncoded
 from kvrelay_engine.messages import Abort, Export, Exported, Released, ReleaseTicket
@@ -94,6 +96,38 @@ async def test_a_bad_item_is_named_and_the_others_are_given_back(fake: Fake) -> 
     assert (await fake.engine.expect(Abort)).id == slow.id
     fake.engine.dispatch(ItemEncoded(slow.id, ticket_for(fake, slow)))  # it crossed with the abort
     assert (await fake.engine.expect(ReleaseTicket)).ticket == ticket_for(fake, slow)
+
+
+async def test_a_video_goes_to_the_engine_as_it_came(fake: Fake) -> None:
+    video = VideoFrames((b"one", b"two"), 2.5)
+    request = request_of(b"picture")
+    request.media.append(media_content_to_wire(video))
+    call = encode(fake, request)
+    first, second = [await fake.engine.expect(EncodeItem) for _ in range(2)]
+    assert (first.data, second.data) == (b"picture", video)
+    assert second.content_hash == media_hash(video, b"model")
+    for command in (first, second):
+        fake.engine.dispatch(ItemEncoded(command.id, ticket_for(fake, command)))
+    assert len((await call).tickets) == 2
+
+
+@pytest.mark.parametrize(
+    ("video", "message"),
+    [
+        (VideoFrames((), 1.0), "0 frames"),
+        (VideoFrames((b"x",) * 257, 1.0), "257 frames"),
+        (VideoFrames((b"x",), 0.0), "fps is 0"),
+        (VideoFrames((bytes(10 << 20), bytes((10 << 20) + 1)), 1.0), "bytes together"),
+    ],
+    ids=["no frame", "too many", "no rate", "too large"],
+)
+async def test_what_is_no_video_never_reaches_the_engine(fake: Fake, video: VideoFrames, message: str) -> None:
+    request = request_of(b"picture")
+    request.media.append(media_content_to_wire(video))
+    error = await error_of_call(encode(fake, request))
+    assert isinstance(error, InvalidRequestError) and message in error.message
+    assert error.metadata["media_index"] == "1"
+    assert not fake.engine.sent_of(EncodeItem)
 
 
 async def test_a_client_that_leaves_gives_its_items_up(fake: Fake) -> None:

@@ -11,7 +11,7 @@ from fake_encoder import FINGERPRINT
 from fake_relay import Relay, RelayMaker
 from fake_worker import PrefillCall, prefill_well
 from image_relay import CAT, DOG, OX, PAD, ROWS, behave, done, look
-from media_checkpoints import write_qwen
+from media_checkpoints import qwen_id, write_qwen
 
 from kvrelay.v1 import worker_pb2
 from kvrelay_core.errors import (
@@ -26,6 +26,9 @@ from kvrelay_core.errors import (
 )
 from kvrelay_core.media.limits import MediaLimits
 from kvrelay_core.media.media_hash import media_hash
+from kvrelay_core.media.video import VideoFrames
+
+VIDEO_PAD = qwen_id("<|video_pad|>")
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +64,25 @@ async def test_prefill_gets_a_ticket_for_each_image_and_decode_gets_none(make_re
     (encode,) = relay.encoders[0].calls
     assert [item.data for item in encode.request.media] == [CAT, DOG], "each image once"
     assert encode.request.attempt.request_id == call.attempt.request_id
+
+
+async def test_a_video_is_one_item(make_relay: RelayMaker) -> None:
+    """Another rate makes another one of the same frames."""
+    relay = await make_relay(num_encoders=1)
+    behave(relay)
+    videos = [VideoFrames((CAT, DOG), 2.0), VideoFrames((CAT, DOG), 0.5)]
+    ids = [1, VIDEO_PAD, 2, VIDEO_PAD, 3]
+    await done(relay.client.generate(token_ids=ids, media=videos, max_tokens=3))
+    (call,) = relay.prefill[0].calls.values()
+    (encode,) = relay.encoders[0].calls
+    assert [list(item.video.frames) for item in encode.request.media] == [[CAT, DOG]] * 2
+    assert [item.video.fps for item in encode.request.media] == [2.0, 0.5]
+    assert [reference.ticket.content_hash for reference in call.media] == encode.hashes
+    assert [(item.offset, item.grid, item.seconds_per_grid) for item in call.generation.media] == [
+        (1, (1, 4, 4), 1.0), (6, (1, 4, 4), 4.0),
+    ]  # fmt: skip
+    (at_decode,) = relay.decode[0].calls.values()
+    assert at_decode.generation.media == call.generation.media
 
 
 async def test_prefill_is_not_opened_before_the_images_are_encoded(make_relay: RelayMaker) -> None:
