@@ -33,7 +33,7 @@ def ask_worker(address: str, tls: TlsFiles | None = None, timeout_s: float = TIM
             reports.cancel()
         except grpc.RpcError as error:
             raise _explained(error, address, channel, timeout_s) from error
-    return {"worker": _fields(described), "load": _fields(load)}
+    return {"worker": fields_of(described), "load": fields_of(load)}
 
 
 def _open(address: str, tls: TlsFiles | None) -> grpc.Channel:
@@ -42,13 +42,13 @@ def _open(address: str, tls: TlsFiles | None) -> grpc.Channel:
     return grpc.secure_channel(address, tls.channel_credentials(), options=CHANNEL_OPTIONS)
 
 
-def _fields(message: Any) -> dict[str, Any]:
+def fields_of(message: Any) -> dict[str, Any]:
     """With unset fields; 64-bit numbers as numbers, bytes as hex."""
     found: dict[str, Any] = {}
     for field in message.DESCRIPTOR.fields:
         value = getattr(message, field.name)
         if field.message_type is not None:
-            value = [_fields(part) for part in value] if field.is_repeated else _fields(value)
+            value = [fields_of(part) for part in value] if field.is_repeated else fields_of(value)
         elif field.is_repeated:
             value = list(value)
         elif isinstance(value, bytes):
@@ -93,6 +93,15 @@ def lines_of_worker(answer: dict[str, Any]) -> Iterator[str]:
             f"layout: {layout['dtype']}, {layout['num_layers']} layers, {layout['num_kv_heads']} KV heads of "
             f"{layout['head_dim']}, {layout['block_tokens']} tokens a block"
         )
+    for layout in worker["embedding_layouts"]:
+        yield (
+            f"layout: {layout['dtype']}, embeddings of {layout['hidden_size']}, {layout['block_tokens']} tokens a block"
+        )
+    if worker["role"] == "encoder":
+        yield f"connectors offered: {', '.join(worker['connectors']) or 'none'}"
+        yield ""
+        yield from encoder_lines(load)
+        return
     yield (
         f"limits: {worker['max_model_len']} tokens a request, {worker['max_num_seqs']} sequences, "
         f"{worker['max_batched_tokens']} tokens a step"
@@ -110,6 +119,15 @@ def lines_of_worker(answer: dict[str, Any]) -> Iterator[str]:
     yield handoff_line(load)
     yield ""
     yield from link_lines(load.get("links", []))
+
+
+def encoder_lines(load: dict[str, Any]) -> Iterator[str]:
+    yield f"images: {load['requests_waiting']} waiting; {load['steps']} steps of the tower"
+    yield (
+        f"cache: {load['embedding_items']} images in {load['blocks_cached']} of {load['blocks_total']} blocks, "
+        f"{load['blocks_pinned']} pinned by {load['leases']} leases; {load['embedding_hits']} found in it, "
+        f"{load['embeddings_evicted']} evicted, {load['expired_leases']} expired leases"
+    )
 
 
 def handoff_line(load: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from kvrelay_client.async_client import AsyncClient, GenerateStream
 from kvrelay_client.client import BlockingGenerateStream, Client
 from kvrelay_client.requests import GenerateOptions, SamplingOptions
-from kvrelay_client.responses import Completion, Delta, Finish, ModelInfo, Timing
+from kvrelay_client.responses import Completion, Delta, Finish, MediaInfo, ModelInfo, Timing
 from kvrelay_core.media.video import VideoFrames
 from kvrelay_core.rpc.channel import TlsFiles
 
@@ -16,6 +16,7 @@ __all__ = [
     "Finish",
     "GenerateOptions",
     "GenerateStream",
+    "MediaInfo",
     "ModelInfo",
     "SamplingOptions",
     "Timing",

@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 from kvrelay.v1 import common_pb2, inference_pb2
 from kvrelay_core.errors import InvalidRequestError
 from kvrelay_core.media.video import VideoFrames
+from kvrelay_core.rpc.channel import MAX_MESSAGE_BYTES
 from kvrelay_core.rpc.wire import media_content_to_wire
 
 
@@ -47,6 +48,7 @@ class GenerateOptions(SamplingOptions, total=False):
     ttft_ms: float
     itl_ms: float
     media: Sequence[Media]  # of a prompt or token ids, in order
+    placeholders: Sequence[tuple[int, int]]  # of token ids: offset and length of each run that is the media's
 
 
 def build_request(
@@ -54,6 +56,7 @@ def build_request(
     token_ids: Sequence[int] | None,
     messages: Sequence[Message] | None,
     options: GenerateOptions,
+    max_bytes: int = MAX_MESSAGE_BYTES,
 ) -> inference_pb2.GenerateRequest:
     """Exactly one of the first three is given. Raises InvalidRequestError."""
     if sum(given is not None for given in (prompt, token_ids, messages)) != 1:
@@ -64,6 +67,7 @@ def build_request(
         raise InvalidRequestError(f"unknown option {sorted(unknown)[0]!r}", field=sorted(unknown)[0])
     sampling = {name: envelope.pop(name) for name in SamplingOptions.__annotations__ if name in envelope}
     media = envelope.pop("media", ())
+    placeholders = envelope.pop("placeholders", None)
     slo = {name: envelope.pop(name) for name in ("ttft_ms", "itl_ms") if name in envelope}
     if isinstance(sampling.get("stop"), str):
         sampling["stop"] = [sampling["stop"]]
@@ -72,10 +76,29 @@ def build_request(
         if slo:
             request.slo.CopyFrom(common_pb2.SloParams(**slo))
         request.media.extend(map(_media_item, media))
+        if placeholders is not None:
+            request.placeholders.SetInParent()
+            for offset, num_tokens in placeholders:
+                request.placeholders.runs.add(offset=offset, num_tokens=num_tokens)
         _set_prompt(request, prompt, token_ids, messages)
     except (TypeError, ValueError, OverflowError) as error:
         raise InvalidRequestError(f"the request does not fit the wire: {error}") from error
+    _check_size(request, max_bytes)
     return request
+
+
+def _check_size(request: inference_pb2.GenerateRequest, max_bytes: int) -> None:
+    """The transport would refuse it too, in words of its own."""
+    num_bytes = request.ByteSize()
+    if num_bytes <= max_bytes:
+        return
+    within = (part.media for message in request.messages.messages for part in message.content)
+    media_bytes = sum(item.ByteSize() for item in (*request.media, *within))
+    raise InvalidRequestError(
+        f"the request has {num_bytes} bytes, of these {media_bytes} of media; a message may have {max_bytes}. "
+        "Send fewer or smaller images, or URLs where the router fetches them",
+        field="media",
+    )
 
 
 def _set_prompt(

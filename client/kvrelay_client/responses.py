@@ -48,6 +48,22 @@ class Finish:
 
 
 @dataclass(frozen=True, slots=True)
+class MediaInfo:
+    """What a request may bring, if the model takes images."""
+
+    formats: tuple[str, ...]
+    max_items: int
+    max_item_bytes: int
+    max_pixels: int  # of one image
+    max_message_bytes: int  # of a whole request
+    fetches_urls: bool  # others than data: URLs, of some hosts
+    placeholder_token_id: int
+    max_video_frames: int  # 0: no videos are taken
+    max_video_pixels: int  # of all its frames
+    video_placeholder_token_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     model: str
     max_model_len: int
@@ -56,6 +72,8 @@ class ModelInfo:
     accepts_text: bool
     accepts_messages: bool
     fingerprint: bytes
+    media: MediaInfo | None = None  # None: images are refused
+    no_media: str = ""  # why, and what to do about it
 
 
 @dataclass(slots=True)
@@ -94,6 +112,23 @@ def model_info_from_wire(info: pb.GetModelInfoResponse) -> ModelInfo:
         accepts_text=info.accepts_text,
         accepts_messages=info.accepts_messages,
         fingerprint=info.model_fingerprint,
+        media=_media_info_from_wire(info.media) if info.HasField("media") else None,
+        no_media=info.no_media,
+    )
+
+
+def _media_info_from_wire(media: pb.MediaInfo) -> MediaInfo:
+    return MediaInfo(
+        formats=tuple(media.formats),
+        max_items=media.max_items,
+        max_item_bytes=media.max_item_bytes,
+        max_pixels=media.max_pixels,
+        max_message_bytes=media.max_message_bytes,
+        fetches_urls=media.fetches_urls,
+        placeholder_token_id=media.placeholder_token_id,
+        max_video_frames=media.max_video_frames,
+        max_video_pixels=media.max_video_pixels,
+        video_placeholder_token_id=media.video_placeholder_token_id,
     )
 
 

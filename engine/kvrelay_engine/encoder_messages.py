@@ -23,3 +23,7 @@ class ItemEncoded(Event, frozen=True):
     ticket: EmbeddingTicket | None = None
     was_cached: bool = False
     error: ErrorInfo | None = None
+
+
+class Pulse(Event, frozen=True):
+    """The loop computes, and will beat again: see `pulse.py`."""

@@ -54,6 +54,9 @@ class Load(Struct, frozen=True, kw_only=True):
     transfers: int = 0
     embedding_blocks: int = 0  # of prefill's pool of embeddings, held by requests
     sliding_blocks: int = 0  # in use, of layers with a window; other counts are of those without
+    embedding_items: int = 0  # in an encoder's cache
+    embedding_hits: int = 0
+    embeddings_evicted: int = 0
     steps: int = 0
     handoff_bytes: int = 0
     handoff_s: float = 0.0

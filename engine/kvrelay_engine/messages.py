@@ -27,7 +27,7 @@ from kvrelay_engine.embedding_messages import (
     EmbeddingRelease,
     EmbeddingSourceFailed,
 )
-from kvrelay_engine.encoder_messages import EncodeItem, ItemEncoded
+from kvrelay_engine.encoder_messages import EncodeItem, ItemEncoded, Pulse
 from kvrelay_engine.load_messages import Load as Load
 from kvrelay_engine.message_kinds import Command as Command
 from kvrelay_engine.message_kinds import Event as Event
@@ -348,10 +348,6 @@ class Beat(Event, frozen=True):
     load: Load
     pulled: dict[int, int]
     is_draining: bool = False
-
-
-class Pulse(Event, frozen=True):
-    """The loop computes, and will beat again: see `pulse`."""
 
 
 class LoadReply(Event, frozen=True):

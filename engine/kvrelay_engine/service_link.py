@@ -15,7 +15,8 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from kvrelay_core.errors import InternalError, WorkerLostError
-from kvrelay_engine.messages import EngineCommand, Event, Pulse
+from kvrelay_engine.encoder_messages import Pulse
+from kvrelay_engine.messages import EngineCommand, Event
 
 _LINGER_MS = 1000  # for the last events: why a start failed
 

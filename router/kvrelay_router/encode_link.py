@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from kvrelay.v1.common_pb2 import EmbeddingTicket
 from kvrelay.v1.encoder_pb2 import EncodeRequest, EncodeResponse
 from kvrelay_core.errors import KvRelayError, MismatchError, UnavailableError
+from kvrelay_core.media.video import count_bytes
 from kvrelay_core.rpc import wire
 from kvrelay_router.encode_messages import Encode, Encoded, EncodeFailed
 from kvrelay_router.encoder_session import Answer
@@ -22,6 +23,10 @@ from kvrelay_router.placement_wait import WaitTerms
 
 if TYPE_CHECKING:
     from kvrelay_router.request_run import RequestRun
+
+
+# Of media, in one call: with all that is around them it stays below MAX_MESSAGE_BYTES, and any one item fits.
+MAX_CALL_BYTES = 24 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +49,21 @@ class EncodeLink:
             return
         num_rows = {item: self._run.media_rows[item] for item in action.items}
         for encoder, items in self._fleet.encoders.assign(num_rows, serving, action.avoided).items():
-            self._call(action, encoder, tuple(items))
+            for part in self._parts(items):
+                self._call(action, encoder, part)
+
+    def _parts(self, items: Iterable[bytes]) -> list[tuple[bytes, ...]]:
+        """Of which each goes into one message."""
+        parts: list[tuple[bytes, ...]] = []
+        left = 0
+        for item in items:
+            num_bytes = count_bytes(self._run.items[item].content)
+            if num_bytes > left:
+                parts.append(())
+                left = MAX_CALL_BYTES
+            parts[-1] += (item,)
+            left -= num_bytes
+        return parts
 
     def cancel(self) -> None:
         stopped, self._under_way = self._under_way, {}

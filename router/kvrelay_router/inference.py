@@ -26,8 +26,10 @@ from kvrelay_core.errors import (
     OverloadedError,
     RequestCancelledError,
 )
+from kvrelay_core.media.image_header import IMAGE_FORMATS
 from kvrelay_core.media.processor_config import ProcessorConfig
 from kvrelay_core.media.url_rules import UrlRules
+from kvrelay_core.rpc.channel import MAX_MESSAGE_BYTES
 from kvrelay_core.tracing import TRACE_PARENT, end_span, start_span, trace_parent_of
 from kvrelay_router.choice_output import ChoiceOutput
 from kvrelay_router.config import RouterConfig
@@ -62,8 +64,8 @@ class InferenceServicer(InferenceServiceServicer):
         self._wait_terms = WaitTerms(
             absent_s=config.placement_wait_s, refused_s=config.refused_wait_s, encode_s=config.encode_s
         )
-        no_media = why_no_media(config, checkpoint.processor)
-        self._checker = RequestChecker(config.served_name, checkpoint.defaults, config.limits, no_media)
+        self._no_media = why_no_media(config, checkpoint.processor)
+        self._checker = RequestChecker(config.served_name, checkpoint.defaults, config.limits, self._no_media)
         self._prompts = PromptReader(
             checkpoint.tokenizer, checkpoint.processor, config.media_limits, make_fetcher(config)
         )
@@ -112,6 +114,26 @@ class InferenceServicer(InferenceServiceServicer):
             accepts_text=self._prompts.accepts_text,
             accepts_messages=self._prompts.accepts_messages,
             model_fingerprint=model.fingerprint,
+            media=self._media_info(),
+            no_media=self._no_media,
+        )
+
+    def _media_info(self) -> pb.MediaInfo | None:
+        limits, placeholders = self._config.media_limits, self._prompts.placeholders
+        if self._no_media or placeholders is None:
+            return None
+        takes_videos = placeholders.video_token_id is not None
+        return pb.MediaInfo(
+            formats=IMAGE_FORMATS,
+            max_items=limits.max_items,
+            max_item_bytes=limits.max_item_bytes,
+            max_pixels=limits.max_pixels,
+            max_message_bytes=MAX_MESSAGE_BYTES,
+            fetches_urls=self._prompts.fetches_urls,
+            placeholder_token_id=placeholders.token_id,
+            max_video_frames=limits.max_video_frames if takes_videos else 0,
+            max_video_pixels=limits.max_video_pixels if takes_videos else 0,
+            video_placeholder_token_id=placeholders.video_token_id or 0,
         )
 
     # -------------------------------------------------------------------------------------- drain

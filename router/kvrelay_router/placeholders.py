@@ -34,6 +34,14 @@ class Kind:
 
 
 @dataclass(frozen=True, slots=True)
+class Run:
+    """Placeholders of one view, as the request has them."""
+
+    offset: int
+    num_tokens: int  # one, or all
+
+
+@dataclass(frozen=True, slots=True)
 class View:
     """One run of placeholders."""
 
@@ -97,34 +105,65 @@ class Placeholders(ABC):
         pieces[1::2] = map(self._replacement, items)
         return "".join(pieces)
 
+    @property
+    def token_id(self) -> int:
+        """Of images."""
+        return self._image.token_id
+
+    @property
+    def video_token_id(self) -> int | None:
+        """None: the model takes no videos."""
+        return None if self._video is None else self._video.token_id
+
     def expand(
-        self, token_ids: Sequence[int], items: Sequence[MediaInput]
+        self, token_ids: Sequence[int], items: Sequence[MediaInput], runs: Sequence[Run] | None = None
     ) -> tuple[Sequence[int], tuple[MediaReference, ...]]:
         """With one placeholder for each view, or with all of them, as given; all of them are there afterwards.
 
-        Raises InvalidRequestError for any other number of placeholders.
+        `runs` says where the views' placeholders are: any other token is itself, also one of a placeholder's id.
+        Without, every placeholder is one of a view. Raises InvalidRequestError where they do not fit the views.
         """
         views = [view for item in items for view in self.views(item)]
+        runs = self._find_runs(token_ids, views) if runs is None else runs
+        if len(runs) != len(views):
+            raise InvalidRequestError(
+                f"{len(runs)} runs of placeholders are given, the request's media have {len(views)} views; give one "
+                "for each, in order",
+                field="placeholders",
+            )
+        return _lay_out(list(token_ids), views, runs)
+
+    def _find_runs(self, token_ids: Sequence[int], views: Sequence[View]) -> list[Run]:
+        """Each view's, where all placeholders are the views'."""
         total = sum(view.num_tokens for view in views)
         tokens = {kind.token_id for kind in self._kinds}
         places = [index for index, token in enumerate(token_ids) if token in tokens]
         if len(places) not in (len(views), total):
             raise InvalidRequestError(
                 f"the prompt has {len(places)} placeholders (tokens {', '.join(map(str, sorted(tokens)))}), its media "
-                f"need {len(views)} to be expanded here, or all {total}",
+                f"need {len(views)} to be expanded here, or all {total}; where some are the model's own words, say in "
+                "`placeholders` which are the media's",
                 field="media",
             )
-        return _lay_out(list(token_ids), views, places, is_expanded=len(places) == total)
+        runs, num_passed = list[Run](), 0
+        for view in views:
+            runs.append(Run(places[num_passed], view.num_tokens if len(places) == total else 1))
+            num_passed += runs[-1].num_tokens
+        return runs
 
 
 def _lay_out(
-    ids: list[int], views: list[View], places: list[int], *, is_expanded: bool
+    ids: list[int], views: Sequence[View], runs: Sequence[Run]
 ) -> tuple[list[int], tuple[MediaReference, ...]]:
-    expanded, references, at, num_passed = list[int](), [], 0, 0
-    for view in views:
-        count = view.num_tokens if is_expanded else 1
-        first = places[num_passed]
-        num_passed += count
+    expanded, references, at = list[int](), [], 0
+    for view, run in zip(views, runs, strict=True):
+        first, count = run.offset, run.num_tokens
+        if count not in (1, view.num_tokens) or first < at:
+            raise InvalidRequestError(
+                f"{count} placeholders are given at token {first}; this {view.kind.name} needs 1 to be expanded here "
+                f"or all {view.num_tokens}, behind those of the item before it",
+                field="placeholders",
+            )
         if ids[first : first + count] != [view.kind.token_id] * count:
             raise InvalidRequestError(
                 f"the placeholders from token {first} on are of another kind, or interrupted; this {view.kind.name} "

@@ -16,7 +16,7 @@ from kvrelay_core.media.limits import MediaLimits
 from kvrelay_core.media.processor_config import ProcessorConfig
 from kvrelay_core.request import MediaReference
 from kvrelay_router.media_input import MediaFetcher, MediaInput, media_items, read_media
-from kvrelay_router.placeholders import make_placeholders
+from kvrelay_router.placeholders import Placeholders, Run, make_placeholders
 from kvrelay_router.tokenizer import LONG_TEXT_CHARS, Tokenizer
 
 
@@ -49,6 +49,15 @@ class PromptReader:
         return self._tokenizer is not None
 
     @property
+    def placeholders(self) -> Placeholders | None:
+        """None: the model takes no images."""
+        return self._placeholders
+
+    @property
+    def fetches_urls(self) -> bool:
+        return self._fetcher is not None
+
+    @property
     def accepts_messages(self) -> bool:
         return self._tokenizer is not None and self._tokenizer.template is not None
 
@@ -68,9 +77,10 @@ class PromptReader:
             raise InvalidRequestError("no prompt; set one of text, token_ids, messages", field="prompt")
         items = await read_media(media_items(request), self._limits, encoder_fingerprint, self._fetcher, on_media_bytes)
         token_ids = await self._token_ids(request, kind, items, max_model_len)
+        runs = _runs_of(request, kind)
         if self._placeholders is None:
             return Prompt(token_ids)
-        token_ids, media = self._placeholders.expand(token_ids, items)
+        token_ids, media = self._placeholders.expand(token_ids, items, runs)
         return Prompt(token_ids, media, items, self._placeholders.positions_ahead(media))
 
     async def _token_ids(
@@ -111,6 +121,16 @@ class PromptReader:
                 f"allowed: well below {most} characters",
                 field=kind,
             )
+
+
+def _runs_of(request: pb.GenerateRequest, kind: str) -> list[Run] | None:
+    if not request.HasField("placeholders"):
+        return None
+    if kind != "token_ids":
+        raise InvalidRequestError(
+            f"placeholders: their places are known in token_ids alone, not in {kind}", field="placeholders"
+        )
+    return [Run(run.offset, run.num_tokens) for run in request.placeholders.runs]
 
 
 def _as_dict(message: pb.ChatMessage) -> dict[str, Any]:

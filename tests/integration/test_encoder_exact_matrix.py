@@ -16,6 +16,7 @@ from vision_checks import CONNECTORS, GRAINS, POOLS, check_all_at_once, check_co
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
+LIBRARIES = ("nixl", "ucx")  # what they carry is the same in every grain: one of them has chunks
 # Every model, every grain and every connector; the full run has the rest.
 SAMPLED = {("qwen2_5_vl", "shm", "whole"), ("gemma3", "grpc", "crumbs"), ("gemma3_crops", "shm", "chunked")}
 
@@ -23,7 +24,7 @@ SAMPLED = {("qwen2_5_vl", "shm", "whole"), ("gemma3", "grpc", "crumbs"), ("gemma
 def cells() -> list[object]:
     return [
         pytest.param(*cell, id="-".join(cell), marks=[] if cell in SAMPLED else [pytest.mark.full])
-        for cell in product(MODELS, CONNECTORS, GRAINS)
+        for cell in (*product(MODELS, CONNECTORS, GRAINS), *product(MODELS, LIBRARIES, ("chunked",)))
     ]
 
 

@@ -38,9 +38,10 @@ class EncoderCluster:
         connector: str = "shm",
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """`connector` carries embeddings; `environment` is that of the encoders."""
+        """`connector` carries embeddings, and KV; `environment` is that of the encoders."""
         self.connector = connector
         self._model = ["--model", str(model_dir)]
+        self._connector = ["--connector", connector]
         self._folder = Path(tempfile.mkdtemp(prefix="kve-", dir="/tmp"))  # short: socket paths are
         self._environment = dict(environment or {})
         ports = choose_ports(HOST, 2 + encoders + prefill)
@@ -50,9 +51,9 @@ class EncoderCluster:
             self._worker("encoder", index, address, ["--embedding-mib", "1"]) for index, address in enumerate(sources)
         ]
         text = ["--block-tokens", "16", "--kv-blocks", "128", "--max-num-seqs", "8", "--max-batched-tokens", "24"]
-        pull = ["--connector", connector, "--peers", ",".join(sources)]
+        peers = ["--peers", ",".join(sources)]
         self.prefill = [
-            self._worker("prefill", index, address, [*text, *pull]) for index, address in enumerate(readers)
+            self._worker("prefill", index, address, [*text, *peers]) for index, address in enumerate(readers)
         ]
         self.decode = self._worker("decode", 0, addresses[1], [*text, "--peers", ",".join(readers)])
         words = ["router", *self._model, "--grpc-port", str(ports[0]), "--encoder", ",".join(sources)]
@@ -61,7 +62,16 @@ class EncoderCluster:
 
     def _worker(self, role: str, index: int, address: str, words: list[str]) -> FaultProcess:
         name = f"{role}-{index}"
-        words = [role, *self._model, "--run-dir", str(self._folder / name), "--worker-id", name, *words]
+        words = [
+            role,
+            *self._model,
+            *self._connector,
+            "--run-dir",
+            str(self._folder / name),
+            "--worker-id",
+            name,
+            *words,
+        ]
         words += ["--threads-per-worker", "1", "--grpc-port", address.rpartition(":")[2]]
         environment = self._environment if role == "encoder" else {}
         return FaultProcess(self._folder, name, words, address, environment=environment)

@@ -290,6 +290,9 @@ class EncoderEngine:
             blocks_cached=self._cache.num_cached_blocks,
             blocks_pinned=self.source.num_pinned,
             leases=self.source.num_leases,
+            embedding_items=self._cache.num_items,
+            embedding_hits=self.num_hits,
+            embeddings_evicted=self._cache.num_evicted,
             steps=self.num_steps,
             expired_leases=self.source.num_expired,
         )

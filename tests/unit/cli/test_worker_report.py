@@ -13,9 +13,10 @@ import pytest
 from fake_worker import FakePrefill
 
 from kvrelay.v1 import inference_pb2, worker_pb2
+from kvrelay.v1.common_pb2 import EmbeddingLayout
 from kvrelay.v1.inference_pb2_grpc import InferenceServiceServicer, add_InferenceServiceServicer_to_server
 from kvrelay_cli.main import main
-from kvrelay_cli.worker_report import ask_worker, handoff_line, lines_of_worker, link_lines
+from kvrelay_cli.worker_report import ask_worker, fields_of, handoff_line, lines_of_worker, link_lines
 from kvrelay_core.errors import ConfigError, WorkerLostError
 
 LINK = {
@@ -46,6 +47,22 @@ async def test_a_worker_says_who_it_is_and_what_it_holds(worker: FakePrefill) ->
     assert "blocks: 64, of these 3 in use, 0 cached, 2 pinned, 0 quarantined" in text
     assert "hand-offs: 3.0 MiB in 0.001 s, 3.15 GB/s; 1 leases" in text
     assert "links: none reported" in text
+
+
+async def test_an_encoder_shows_its_cache() -> None:
+    described = worker_pb2.DescribeResponse(
+        role=worker_pb2.ROLE_ENCODER, device="cpu", connectors=["shm", "grpc"],
+        embedding_layouts=[EmbeddingLayout(dtype="bfloat16", hidden_size=2048, block_tokens=16)],
+    )  # fmt: skip
+    load = worker_pb2.WatchLoadResponse(
+        blocks_total=4096, blocks_cached=600, blocks_pinned=16, leases=2, embedding_items=70, embedding_hits=12,
+        embeddings_evicted=3, steps=40,
+    )  # fmt: skip
+    text = "\n".join(lines_of_worker({"worker": fields_of(described), "load": fields_of(load)}))
+    assert "layout: bfloat16, embeddings of 2048, 16 tokens a block" in text
+    assert "cache: 70 images in 600 of 4096 blocks, 16 pinned by 2 leases; 12 found in it, 3 evicted" in text
+    assert "images: 0 waiting; 40 steps of the tower" in text
+    assert "tokens a request" not in text and "hand-offs" not in text
 
 
 async def test_the_same_as_json(worker: FakePrefill, capsys: pytest.CaptureFixture[str]) -> None:

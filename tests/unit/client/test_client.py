@@ -14,10 +14,11 @@ from fake_relay import Relay, RelayMaker
 from fake_worker import VOCAB_SIZE, decode_well, prefill_well, token_of
 
 from kvrelay_client import Client, Completion, Delta, Finish, ModelInfo, VideoFrames
-from kvrelay_client.requests import build_request
+from kvrelay_client.requests import GenerateOptions, build_request
 from kvrelay_client.responses import collect
 from kvrelay_core.errors import InternalError, InvalidRequestError, UnknownModelError, WorkerLostError
 from kvrelay_core.request import FinishReason
+from kvrelay_core.rpc.channel import MAX_MESSAGE_BYTES
 
 TOKENS = [token_of(0, position) for position in range(4)]
 
@@ -32,6 +33,23 @@ async def relay(tmp_path: Path) -> AsyncIterator[Relay]:
     relay.decode[0].behaviour = decode_well
     yield relay
     await maker.close()
+
+
+def test_placeholders_of_the_media() -> None:
+    request = build_request(None, [1, 7, 7], None, {"media": [b"cat"], "placeholders": [(1, 1)]})
+    assert [(run.offset, run.num_tokens) for run in request.placeholders.runs] == [(1, 1)]
+    assert build_request(None, [7], None, {"placeholders": []}).HasField("placeholders")
+    assert not build_request(None, [7], None, {}).HasField("placeholders")
+
+
+def test_a_request_that_no_message_holds_is_refused_here() -> None:
+    around = build_request(None, [1], None, {"media": [bytes(MAX_MESSAGE_BYTES // 2)] * 2}, max_bytes=2**40).ByteSize()
+    largest = bytes(MAX_MESSAGE_BYTES // 2 - (around - MAX_MESSAGE_BYTES))
+    options: GenerateOptions = {"media": [bytes(MAX_MESSAGE_BYTES // 2), largest]}
+    assert build_request(None, [1], None, options).ByteSize() == MAX_MESSAGE_BYTES
+    options["media"] = [*options["media"], b""]
+    with pytest.raises(InvalidRequestError, match=r"of media; a message may have 33554432\. Send fewer or smaller"):
+        build_request(None, [1], None, options)
 
 
 async def test_events_of_a_stream(relay: Relay) -> None:

@@ -27,6 +27,8 @@ from kvrelay_core.errors import (
 from kvrelay_core.media.limits import MediaLimits
 from kvrelay_core.media.media_hash import media_hash
 from kvrelay_core.media.video import VideoFrames
+from kvrelay_core.rpc.channel import MAX_MESSAGE_BYTES
+from kvrelay_router import encode_link
 
 VIDEO_PAD = qwen_id("<|video_pad|>")
 
@@ -141,6 +143,31 @@ async def test_the_bytes_of_all_requests_images_are_bounded(make_relay: RelayMak
     await done(first)
     relay.encoders[0].num_tokens = ROWS
     await done(look(relay, DOG))  # the bytes were given back
+
+
+async def test_images_beyond_one_message_go_in_several(make_relay: RelayMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those may be that were fetched by URL."""
+    monkeypatch.setattr(encode_link, "MAX_CALL_BYTES", len(CAT) + len(DOG))
+    relay = await make_relay(num_encoders=1)
+    behave(relay)
+    await done(look(relay, CAT, DOG, OX))
+    hashes = [media_hash(image, FINGERPRINT) for image in (CAT, DOG, OX)]
+    assert [call.hashes for call in relay.encoders[0].calls] == [hashes[:2], hashes[2:]]
+    (call,) = relay.prefill[0].calls.values()
+    assert [reference.content_hash for reference in call.media] == hashes
+
+
+async def test_a_request_as_large_as_a_message_is_served(make_relay: RelayMaker) -> None:
+    relay = await make_relay(num_encoders=1)
+    behave(relay)
+    left = MAX_MESSAGE_BYTES - 100  # of what else is in the message
+    cat, dog = (image + bytes(left // 2 - len(image)) for image in (CAT, DOG))  # what follows an image's end is nothing
+    await done(look(relay, cat, dog))
+    assert [len(call.hashes) for call in relay.encoders[0].calls] == [1, 1]
+
+
+async def test_a_message_has_room_for_any_image() -> None:
+    assert MediaLimits().max_item_bytes <= encode_link.MAX_CALL_BYTES < MAX_MESSAGE_BYTES - (1 << 20)
 
 
 async def test_two_hundred_images_are_refused(make_relay: RelayMaker) -> None:

@@ -97,8 +97,13 @@ async def test_no_prompt_and_media_are_refused(make_relay: RelayMaker) -> None:
 
 async def test_a_message_of_100_mb_is_refused_with_the_limit(make_relay: RelayMaker) -> None:
     relay = await make_relay()
-    with pytest.raises(OverloadedError, match=str(MAX_MESSAGE_BYTES)):
+    with pytest.raises(InvalidRequestError, match=f"a message may have {MAX_MESSAGE_BYTES}"):
         await relay.client.complete("x" * 100_000_000)
+    async with open_channel(relay.address) as channel:  # of a client that does not look
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await InferenceServiceStub(channel).Generate(pb.GenerateRequest(text="x" * 100_000_000)).read()
+    error = error_from_rpc(caught.value, "router")
+    assert isinstance(error, OverloadedError) and str(MAX_MESSAGE_BYTES) in error.message
     info = await relay.client.model_info()
     assert info.max_model_len == MAX_MODEL_LEN
 

@@ -170,6 +170,66 @@ def collapsed(family: Family, prompt: Prompt) -> list[int]:
     return [token for at, token in enumerate(prompt.token_ids) if token != family.pad or at in starts]
 
 
+def with_runs(ids: list[int], runs: list[tuple[int, int]], images: list[int]) -> pb.GenerateRequest:
+    placeholders = pb.Placeholders(runs=[pb.PlaceholderRun(offset=at, num_tokens=length) for at, length in runs])
+    media = [common_pb2.MediaItem(data=IMAGES[index]) for index in images]
+    return pb.GenerateRequest(token_ids=pb.TokenIds(ids=ids), media=media, placeholders=placeholders)
+
+
+@pytest.mark.parametrize("name", ["qwen", "gemma", "gemma_crops"])
+async def test_a_placeholder_that_the_model_said_is_a_token_like_any_other(
+    families: dict[str, Family], name: str
+) -> None:
+    """Before, between and behind those of the images, which are given as one or as all."""
+    family = families[name]
+    prompt = await family.read([("user", [1, "and", 0])])
+    said, ids = [family.pad, 5, family.pad], list(prompt.token_ids)
+    runs = [(item.offset + len(said), item.num_tokens) for item in prompt.media]
+    told = await family.reader.read(with_runs([*said, *ids, *said], runs, [1, 0]), 10**6, b"tower")
+    assert list(told.token_ids) == [*said, *ids, *said]
+    assert [(item.offset, item.num_tokens) for item in told.media] == runs
+    assert [item.first_row for item in told.media] == [item.first_row for item in prompt.media]
+    short = collapsed(family, prompt)
+    starts = [(at + len(said), 1) for at, token in enumerate(short) if token == family.pad]
+    again = await family.reader.read(with_runs([*said, *short, *said], starts, [1, 0]), 10**6, b"tower")
+    assert again == told
+
+
+async def test_without_images_every_placeholder_may_be_the_models_own(families: dict[str, Family]) -> None:
+    prompt = await families["qwen"].reader.read(with_runs([1, PAD, 2], [], []), 10**6, b"tower")
+    assert (list(prompt.token_ids), prompt.media) == ([1, PAD, 2], ())
+
+
+@pytest.mark.parametrize(
+    ("ids", "runs", "message"),
+    [
+        ([1, PAD, 2], [], "0 runs of placeholders are given, the request's media have 1 views"),
+        ([1, PAD, 2, PAD], [(1, 1), (3, 1)], "2 runs"),
+        ([1, PAD, PAD], [(1, 2)], "2 placeholders are given at token 1; this image needs 1 .* or all 12"),
+        ([1, PAD, 2], [(0, 1)], "interrupted"),
+        ([1, PAD, 2], [(3, 1)], "interrupted"),
+        ([1, *[PAD] * 11], [(1, 12)], "interrupted"),
+        ([1, PAD], [(1, 0)], "0 placeholders"),
+    ],
+)
+async def test_placeholders_that_do_not_fit_are_refused(
+    families: dict[str, Family], ids: list[int], runs: list[tuple[int, int]], message: str
+) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        await families["qwen"].reader.read(with_runs(ids, runs, [0]), 10**6, b"tower")
+
+
+async def test_placeholders_of_two_images_come_in_order(families: dict[str, Family]) -> None:
+    with pytest.raises(InvalidRequestError, match="behind those of the item before it"):
+        await families["qwen"].reader.read(with_runs([1, PAD, PAD], [(2, 1), (1, 1)], [0, 0]), 10**6, b"tower")
+
+
+async def test_only_in_token_ids_their_places_are_known(families: dict[str, Family]) -> None:
+    request = pb.GenerateRequest(text="<|image_pad|>", media=[item()], placeholders=pb.Placeholders())
+    with pytest.raises(InvalidRequestError, match="in token_ids alone, not in text"):
+        await families["qwen"].reader.read(request, 10**6, b"tower")
+
+
 async def test_grids_and_rows(families: dict[str, Family]) -> None:
     prompt = await families["qwen"].read([("user", [0, 1])])
     assert [item.grid for item in prompt.media] == [(1, 6, 8), (1, 2, 14)]  # brought to 112 x 84 and 196 x 28

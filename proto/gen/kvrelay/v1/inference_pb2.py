@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from kvrelay.v1 import common_pb2 as kvrelay_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1akvrelay/v1/inference.proto\x12\nkvrelay.v1\x1a\x17kvrelay/v1/common.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"M\n\x0b\x43ontentPart\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12&\n\x05media\x18\x02 \x01(\x0b\x32\x15.kvrelay.v1.MediaItemH\x00\x42\x06\n\x04part\"E\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12(\n\x07\x63ontent\x18\x02 \x03(\x0b\x32\x17.kvrelay.v1.ContentPart\"9\n\x0c\x43hatMessages\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.kvrelay.v1.ChatMessage\"\xd9\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x14.kvrelay.v1.TokenIdsH\x00\x12,\n\x08messages\x18\x05 \x01(\x0b\x32\x18.kvrelay.v1.ChatMessagesH\x00\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.kvrelay.v1.SamplingParams\x12\"\n\x03slo\x18\x07 \x01(\x0b\x32\x15.kvrelay.v1.SloParams\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\x12\n\nsession_id\x18\t \x01(\t\x12\x12\n\ncache_salt\x18\n \x01(\t\x12$\n\x05media\x18\x0b \x03(\x0b\x32\x15.kvrelay.v1.MediaItemB\x08\n\x06prompt\"\xe5\x01\n\rRequestTiming\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x0e\n\x06ttft_s\x18\x02 \x01(\x01\x12\x0f\n\x07total_s\x18\x03 \x01(\x01\x12\x1a\n\x12inter_token_mean_s\x18\x04 \x01(\x01\x12\x19\n\x11inter_token_max_s\x18\x05 \x01(\x01\x12*\n\x07handoff\x18\x06 \x01(\x0b\x32\x19.kvrelay.v1.HandoffTiming\x12\x10\n\x08\x61ttempts\x18\x07 \x01(\r\x12\x16\n\x0eprefill_worker\x18\x08 \x01(\t\x12\x15\n\rdecode_worker\x18\t \x01(\t\"d\n\x05\x44\x65lta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.kvrelay.v1.TokenLogprobs\"\xa3\x01\n\x06\x46inish\x12\r\n\x05index\x18\x01 \x01(\r\x12(\n\x06reason\x18\x02 \x01(\x0e\x32\x18.kvrelay.v1.FinishReason\x12 \n\x05usage\x18\x03 \x01(\x0b\x32\x11.kvrelay.v1.Usage\x12)\n\x06timing\x18\x04 \x01(\x0b\x32\x19.kvrelay.v1.RequestTiming\x12\x13\n\x0bstop_reason\x18\x05 \x01(\t\"y\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\"\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x11.kvrelay.v1.DeltaH\x00\x12$\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x12.kvrelay.v1.FinishH\x00\x42\x07\n\x05\x65vent\"$\n\x13GetModelInfoRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xb2\x01\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\reos_token_ids\x18\x04 \x03(\r\x12\x14\n\x0c\x61\x63\x63\x65pts_text\x18\x05 \x01(\x08\x12\x18\n\x10\x61\x63\x63\x65pts_messages\x18\x06 \x01(\x08\x12\x19\n\x11model_fingerprint\x18\x07 \x01(\x0c\x32\xae\x01\n\x10InferenceService\x12G\n\x08Generate\x12\x1b.kvrelay.v1.GenerateRequest\x1a\x1c.kvrelay.v1.GenerateResponse0\x01\x12Q\n\x0cGetModelInfo\x12\x1f.kvrelay.v1.GetModelInfoRequest\x1a .kvrelay.v1.GetModelInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1akvrelay/v1/inference.proto\x12\nkvrelay.v1\x1a\x17kvrelay/v1/common.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"M\n\x0b\x43ontentPart\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12&\n\x05media\x18\x02 \x01(\x0b\x32\x15.kvrelay.v1.MediaItemH\x00\x42\x06\n\x04part\"E\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12(\n\x07\x63ontent\x18\x02 \x03(\x0b\x32\x17.kvrelay.v1.ContentPart\"9\n\x0c\x43hatMessages\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.kvrelay.v1.ChatMessage\"4\n\x0ePlaceholderRun\x12\x0e\n\x06offset\x18\x01 \x01(\r\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\"8\n\x0cPlaceholders\x12(\n\x04runs\x18\x01 \x03(\x0b\x32\x1a.kvrelay.v1.PlaceholderRun\"\x89\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x14.kvrelay.v1.TokenIdsH\x00\x12,\n\x08messages\x18\x05 \x01(\x0b\x32\x18.kvrelay.v1.ChatMessagesH\x00\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.kvrelay.v1.SamplingParams\x12\"\n\x03slo\x18\x07 \x01(\x0b\x32\x15.kvrelay.v1.SloParams\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\x12\n\nsession_id\x18\t \x01(\t\x12\x12\n\ncache_salt\x18\n \x01(\t\x12$\n\x05media\x18\x0b \x03(\x0b\x32\x15.kvrelay.v1.MediaItem\x12.\n\x0cplaceholders\x18\x0c \x01(\x0b\x32\x18.kvrelay.v1.PlaceholdersB\x08\n\x06prompt\"\xe5\x01\n\rRequestTiming\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x0e\n\x06ttft_s\x18\x02 \x01(\x01\x12\x0f\n\x07total_s\x18\x03 \x01(\x01\x12\x1a\n\x12inter_token_mean_s\x18\x04 \x01(\x01\x12\x19\n\x11inter_token_max_s\x18\x05 \x01(\x01\x12*\n\x07handoff\x18\x06 \x01(\x0b\x32\x19.kvrelay.v1.HandoffTiming\x12\x10\n\x08\x61ttempts\x18\x07 \x01(\r\x12\x16\n\x0eprefill_worker\x18\x08 \x01(\t\x12\x15\n\rdecode_worker\x18\t \x01(\t\"d\n\x05\x44\x65lta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.kvrelay.v1.TokenLogprobs\"\xa3\x01\n\x06\x46inish\x12\r\n\x05index\x18\x01 \x01(\r\x12(\n\x06reason\x18\x02 \x01(\x0e\x32\x18.kvrelay.v1.FinishReason\x12 \n\x05usage\x18\x03 \x01(\x0b\x32\x11.kvrelay.v1.Usage\x12)\n\x06timing\x18\x04 \x01(\x0b\x32\x19.kvrelay.v1.RequestTiming\x12\x13\n\x0bstop_reason\x18\x05 \x01(\t\"y\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\"\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x11.kvrelay.v1.DeltaH\x00\x12$\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x12.kvrelay.v1.FinishH\x00\x42\x07\n\x05\x65vent\"$\n\x13GetModelInfoRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x82\x02\n\tMediaInfo\x12\x0f\n\x07\x66ormats\x18\x01 \x03(\t\x12\x11\n\tmax_items\x18\x02 \x01(\r\x12\x16\n\x0emax_item_bytes\x18\x03 \x01(\x04\x12\x12\n\nmax_pixels\x18\x04 \x01(\x04\x12\x19\n\x11max_message_bytes\x18\x05 \x01(\x04\x12\x14\n\x0c\x66\x65tches_urls\x18\x06 \x01(\x08\x12\x1c\n\x14placeholder_token_id\x18\x07 \x01(\r\x12\x18\n\x10max_video_frames\x18\x08 \x01(\r\x12\x18\n\x10max_video_pixels\x18\t \x01(\x04\x12\"\n\x1avideo_placeholder_token_id\x18\n \x01(\r\"\xea\x01\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\reos_token_ids\x18\x04 \x03(\r\x12\x14\n\x0c\x61\x63\x63\x65pts_text\x18\x05 \x01(\x08\x12\x18\n\x10\x61\x63\x63\x65pts_messages\x18\x06 \x01(\x08\x12\x19\n\x11model_fingerprint\x18\x07 \x01(\x0c\x12$\n\x05media\x18\x08 \x01(\x0b\x32\x15.kvrelay.v1.MediaInfo\x12\x10\n\x08no_media\x18\t \x01(\t2\xae\x01\n\x10InferenceService\x12G\n\x08Generate\x12\x1b.kvrelay.v1.GenerateRequest\x1a\x1c.kvrelay.v1.GenerateResponse0\x01\x12Q\n\x0cGetModelInfo\x12\x1f.kvrelay.v1.GetModelInfoRequest\x1a .kvrelay.v1.GetModelInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,20 +40,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHATMESSAGE']._serialized_end=240
   _globals['_CHATMESSAGES']._serialized_start=242
   _globals['_CHATMESSAGES']._serialized_end=299
-  _globals['_GENERATEREQUEST']._serialized_start=302
-  _globals['_GENERATEREQUEST']._serialized_end=647
-  _globals['_REQUESTTIMING']._serialized_start=650
-  _globals['_REQUESTTIMING']._serialized_end=879
-  _globals['_DELTA']._serialized_start=881
-  _globals['_DELTA']._serialized_end=981
-  _globals['_FINISH']._serialized_start=984
-  _globals['_FINISH']._serialized_end=1147
-  _globals['_GENERATERESPONSE']._serialized_start=1149
-  _globals['_GENERATERESPONSE']._serialized_end=1270
-  _globals['_GETMODELINFOREQUEST']._serialized_start=1272
-  _globals['_GETMODELINFOREQUEST']._serialized_end=1308
-  _globals['_GETMODELINFORESPONSE']._serialized_start=1311
-  _globals['_GETMODELINFORESPONSE']._serialized_end=1489
-  _globals['_INFERENCESERVICE']._serialized_start=1492
-  _globals['_INFERENCESERVICE']._serialized_end=1666
+  _globals['_PLACEHOLDERRUN']._serialized_start=301
+  _globals['_PLACEHOLDERRUN']._serialized_end=353
+  _globals['_PLACEHOLDERS']._serialized_start=355
+  _globals['_PLACEHOLDERS']._serialized_end=411
+  _globals['_GENERATEREQUEST']._serialized_start=414
+  _globals['_GENERATEREQUEST']._serialized_end=807
+  _globals['_REQUESTTIMING']._serialized_start=810
+  _globals['_REQUESTTIMING']._serialized_end=1039
+  _globals['_DELTA']._serialized_start=1041
+  _globals['_DELTA']._serialized_end=1141
+  _globals['_FINISH']._serialized_start=1144
+  _globals['_FINISH']._serialized_end=1307
+  _globals['_GENERATERESPONSE']._serialized_start=1309
+  _globals['_GENERATERESPONSE']._serialized_end=1430
+  _globals['_GETMODELINFOREQUEST']._serialized_start=1432
+  _globals['_GETMODELINFOREQUEST']._serialized_end=1468
+  _globals['_MEDIAINFO']._serialized_start=1471
+  _globals['_MEDIAINFO']._serialized_end=1729
+  _globals['_GETMODELINFORESPONSE']._serialized_start=1732
+  _globals['_GETMODELINFORESPONSE']._serialized_end=1966
+  _globals['_INFERENCESERVICE']._serialized_start=1969
+  _globals['_INFERENCESERVICE']._serialized_end=2143
 # @@protoc_insertion_point(module_scope)

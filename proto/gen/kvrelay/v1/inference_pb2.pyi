@@ -108,6 +108,50 @@ class ChatMessages(_message.Message):
 Global___ChatMessages: _TypeAlias = ChatMessages  # noqa: Y015
 
 @_typing.final
+class PlaceholderRun(_message.Message):
+    """Tokens of a prompt that stand for one view of an image: one of them, or as many as the model has rows for it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFSET_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    offset: _builtins.int
+    num_tokens: _builtins.int
+    def __init__(
+        self,
+        *,
+        offset: _builtins.int = ...,
+        num_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_tokens", b"num_tokens", "offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlaceholderRun: _TypeAlias = PlaceholderRun  # noqa: Y015
+
+@_typing.final
+class Placeholders(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUNS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlaceholderRun]: ...
+    def __init__(
+        self,
+        *,
+        runs: _abc.Iterable[Global___PlaceholderRun] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["runs", b"runs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Placeholders: _TypeAlias = Placeholders  # noqa: Y015
+
+@_typing.final
 class GenerateRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -122,6 +166,7 @@ class GenerateRequest(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     MEDIA_FIELD_NUMBER: _builtins.int
+    PLACEHOLDERS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Chosen by the client for its own logs; empty: the router chooses one."""
     model: _builtins.str
@@ -141,6 +186,12 @@ class GenerateRequest(_message.Message):
     def slo(self) -> _common_pb2.SloParams: ...
     @_builtins.property
     def media(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.MediaItem]: ...
+    @_builtins.property
+    def placeholders(self) -> Global___Placeholders:
+        """With token_ids: where the placeholders of the media are, in order. Any other token is itself, also one of a
+        placeholder's id, as a model may have said it. Unset: every placeholder is one of the media.
+        """
+
     def __init__(
         self,
         *,
@@ -155,10 +206,11 @@ class GenerateRequest(_message.Message):
         session_id: _builtins.str = ...,
         cache_salt: _builtins.str = ...,
         media: _abc.Iterable[_common_pb2.MediaItem] | None = ...,
+        placeholders: Global___Placeholders | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "prompt", b"prompt", "sampling", b"sampling", "slo", b"slo", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "placeholders", b"placeholders", "prompt", b"prompt", "sampling", b"sampling", "slo", b"slo", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "media", b"media", "messages", b"messages", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id", "slo", b"slo", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "media", b"media", "messages", b"messages", "model", b"model", "placeholders", b"placeholders", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id", "slo", b"slo", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "messages"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
@@ -325,6 +377,59 @@ class GetModelInfoRequest(_message.Message):
 Global___GetModelInfoRequest: _TypeAlias = GetModelInfoRequest  # noqa: Y015
 
 @_typing.final
+class MediaInfo(_message.Message):
+    """What a request may bring."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FORMATS_FIELD_NUMBER: _builtins.int
+    MAX_ITEMS_FIELD_NUMBER: _builtins.int
+    MAX_ITEM_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_PIXELS_FIELD_NUMBER: _builtins.int
+    MAX_MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
+    FETCHES_URLS_FIELD_NUMBER: _builtins.int
+    PLACEHOLDER_TOKEN_ID_FIELD_NUMBER: _builtins.int
+    MAX_VIDEO_FRAMES_FIELD_NUMBER: _builtins.int
+    MAX_VIDEO_PIXELS_FIELD_NUMBER: _builtins.int
+    VIDEO_PLACEHOLDER_TOKEN_ID_FIELD_NUMBER: _builtins.int
+    max_items: _builtins.int
+    max_item_bytes: _builtins.int
+    max_pixels: _builtins.int
+    max_message_bytes: _builtins.int
+    """Of a whole request, with all its media."""
+    fetches_urls: _builtins.bool
+    """Others than data: URLs, of some hosts."""
+    placeholder_token_id: _builtins.int
+    """The token that stands for images in token_ids."""
+    max_video_frames: _builtins.int
+    """Of a video; 0: none are taken."""
+    max_video_pixels: _builtins.int
+    video_placeholder_token_id: _builtins.int
+    @_builtins.property
+    def formats(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        formats: _abc.Iterable[_builtins.str] | None = ...,
+        max_items: _builtins.int = ...,
+        max_item_bytes: _builtins.int = ...,
+        max_pixels: _builtins.int = ...,
+        max_message_bytes: _builtins.int = ...,
+        fetches_urls: _builtins.bool = ...,
+        placeholder_token_id: _builtins.int = ...,
+        max_video_frames: _builtins.int = ...,
+        max_video_pixels: _builtins.int = ...,
+        video_placeholder_token_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fetches_urls", b"fetches_urls", "formats", b"formats", "max_item_bytes", b"max_item_bytes", "max_items", b"max_items", "max_message_bytes", b"max_message_bytes", "max_pixels", b"max_pixels", "max_video_frames", b"max_video_frames", "max_video_pixels", b"max_video_pixels", "placeholder_token_id", b"placeholder_token_id", "video_placeholder_token_id", b"video_placeholder_token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MediaInfo: _TypeAlias = MediaInfo  # noqa: Y015
+
+@_typing.final
 class GetModelInfoResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -335,14 +440,22 @@ class GetModelInfoResponse(_message.Message):
     ACCEPTS_TEXT_FIELD_NUMBER: _builtins.int
     ACCEPTS_MESSAGES_FIELD_NUMBER: _builtins.int
     MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    MEDIA_FIELD_NUMBER: _builtins.int
+    NO_MEDIA_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     max_model_len: _builtins.int
     vocab_size: _builtins.int
     accepts_text: _builtins.bool
     accepts_messages: _builtins.bool
     model_fingerprint: _builtins.bytes
+    no_media: _builtins.str
+    """Why they are, and what to do about it."""
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def media(self) -> Global___MediaInfo:
+        """Unset where images are refused."""
+
     def __init__(
         self,
         *,
@@ -353,10 +466,12 @@ class GetModelInfoResponse(_message.Message):
         accepts_text: _builtins.bool = ...,
         accepts_messages: _builtins.bool = ...,
         model_fingerprint: _builtins.bytes = ...,
+        media: Global___MediaInfo | None = ...,
+        no_media: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["media", b"media"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_messages", b"accepts_messages", "accepts_text", b"accepts_text", "eos_token_ids", b"eos_token_ids", "max_model_len", b"max_model_len", "model", b"model", "model_fingerprint", b"model_fingerprint", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_messages", b"accepts_messages", "accepts_text", b"accepts_text", "eos_token_ids", b"eos_token_ids", "max_model_len", b"max_model_len", "media", b"media", "model", b"model", "model_fingerprint", b"model_fingerprint", "no_media", b"no_media", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
