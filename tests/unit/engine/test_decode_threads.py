@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from unittest.mock import patch
 
 import pytest
 from encoder_rig import FakeInput
 
 from kvrelay_core.errors import InvalidRequestError
 from kvrelay_core.media.video import MediaContent
+from kvrelay_engine.encoder import decode_threads
 from kvrelay_engine.encoder.decode_threads import DecodeThreads
 from kvrelay_engine.encoder.decoding import Decoding
 
@@ -55,11 +57,21 @@ class Processor:
 
 
 @contextmanager
-def decoding(num_threads: int = 2, max_bytes: int = 10**6) -> Iterator[tuple[Processor, DecodeThreads[FakeInput]]]:
+def decoding(
+    num_threads: int = 2, max_bytes: int = 10**6, small_bytes: int = 0
+) -> Iterator[tuple[Processor, DecodeThreads[FakeInput]]]:
+    """`small_bytes`: up to here an item may overtake others."""
     processor = Processor()
-    threads = DecodeThreads(processor, num_threads, max_bytes)
+    with patch.object(decode_threads, "SMALL_BYTES", small_bytes):
+        threads = DecodeThreads(processor, num_threads, max_bytes)
+        yield from _running(processor, threads, num_threads)
+
+
+def _running(
+    processor: Processor, threads: DecodeThreads[FakeInput], num_threads: int
+) -> Iterator[tuple[Processor, DecodeThreads[FakeInput]]]:
     before = [thread for thread in threading.enumerate() if thread.name.startswith("decode ")]
-    assert len(before) == num_threads
+    assert len(before) == num_threads + 1, "and one for small items"
     try:
         yield processor, threads
     finally:
@@ -106,6 +118,31 @@ def test_a_small_item_overtakes_a_large_one() -> None:
         assert take(threads, 1) == [small]
         processor.let()
         assert take(threads, 1) == [large]
+
+
+def test_small_items_do_not_queue_behind_large_ones() -> None:
+    with decoding(num_threads=1, small_bytes=5) as (processor, threads):
+        large = [threads.submit(b"large" * 100) for _ in range(3)]
+        small = [threads.submit(b"one"), threads.submit(b"two")]
+        processor.let(b"one", b"two")
+        assert take(threads, 2) == small
+        processor.let()
+        assert take(threads, 3) == large
+
+
+def test_small_items_do_not_keep_a_large_one_from_its_memory() -> None:
+    with decoding(max_bytes=500, small_bytes=5) as (processor, threads):
+        processor.let()
+        [held] = take_one(threads, b"four")  # takes 400
+        large = threads.submit(b"." * 40)
+        await_true(lambda: threads.is_short)
+        small = threads.submit(b"one")
+        assert processor.begun == [b"four"], "there would be room for the small one"
+        threads.end(held)
+        [first] = take(threads, 1)
+        threads.end(first)
+        [second] = take(threads, 1)
+        assert {first, second} == {large, small}
 
 
 def test_what_is_bad_is_an_error() -> None:
