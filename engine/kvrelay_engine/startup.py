@@ -23,7 +23,7 @@ from kvrelay_engine.engine_parts import EngineParts
 from kvrelay_engine.kv_group import KvGroup
 from kvrelay_engine.kv_startup import StartedKv, build_kv
 from kvrelay_engine.loader import load_model
-from kvrelay_engine.media_startup import build_media
+from kvrelay_engine.media_startup import build_media, media_traits
 from kvrelay_engine.messages import Event, Started
 from kvrelay_engine.model_runner import ModelRunner
 from kvrelay_engine.models.layers.linear import linear_for_prompts, linear_for_tokens
@@ -82,6 +82,7 @@ def build_engine(config: EngineConfig, clock: Clock, emit: Callable[[Event], Non
         max_tokens=min(config.tokens_per_step, engine.max_model_len),
         max_num_seqs=config.max_num_seqs,
         synchronize=parts.synchronize,
+        media=media_traits(loaded.config) if config.role == "prefill" else None,
     )
     logger.info("warmed up in %.2f s", clock.now() - started_s)
     return StartedEngine(engine, _describe(config, engine, parts, kv))

@@ -10,9 +10,11 @@ import secrets
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from kvrelay_core.clock import Clock
@@ -36,6 +38,8 @@ from kvrelay_transfer.staging import TARGET_SLOT_BYTES, BlockStaging
 from kvrelay_transfer.staging_slots import StagingSlots
 from kvrelay_transfer.ticket import TicketSigner
 
+_WARM_UP_SIZE = (448, 448)
+
 
 @dataclass(frozen=True, slots=True)
 class StartedEncoder:
@@ -57,7 +61,14 @@ class ModelTower:
 
     def process(self, data: MediaContent) -> ImageInput:
         loaded = self._loaded
+        make_current(loaded.device)  # it is one of each thread, and memory is pinned for it
         return loaded.processor.process(data).staged_for(loaded.device, DTYPES[loaded.dtype])
+
+    def warm_up(self) -> None:
+        """Makes the first image as fast as the later ones; nothing of it is left."""
+        blank = BytesIO()
+        Image.new("RGB", _WARM_UP_SIZE).save(blank, "PNG")
+        self.encode([self.process(blank.getvalue())])
 
     def encode(self, inputs: Sequence[ImageInput]) -> list[Tensor]:
         """On the host already: what is asynchronous on a device has ended."""
@@ -71,6 +82,14 @@ class ModelTower:
         return on_host
 
 
+def _load_tower(config: EngineConfig) -> ModelTower:
+    make_current(torch.device(config.device))
+    tower = ModelTower(load_tower(config.model, config.dtype, config.device))
+    if config.device != "cpu":  # there libraries start and kernels are chosen; here it would only cost a large image
+        tower.warm_up()
+    return tower
+
+
 def build_encoder(
     config: EngineConfig,
     clock: Clock,
@@ -81,8 +100,7 @@ def build_encoder(
     """What has to be closed at the end is entered into `stack`. Raises ConfigError."""
     torch.set_num_threads(config.num_threads)
     Path(config.run_dir).mkdir(mode=0o700, parents=True, exist_ok=True)
-    make_current(torch.device(config.device))
-    tower = ModelTower(load_tower(config.model, config.dtype, config.device))
+    tower = _load_tower(config)
     layout = EmbeddingLayout(tower.dtype, tower.hidden_size)
     epoch = secrets.token_bytes(16)
     memory = allocate_embeddings(layout, config.embedding_bytes, epoch)
