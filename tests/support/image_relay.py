@@ -32,3 +32,8 @@ def behave(relay: Relay, num_tokens: int | None = ROWS) -> None:
 async def done(stream: GenerateStream) -> None:
     ids, _ = await rest_of(stream)
     assert ids == tokens(3)
+
+
+def seen(relay: Relay) -> list[list[bytes]]:
+    """What each encoder was asked for, in order."""
+    return [[item for call in encoder.calls for item in call.hashes] for encoder in relay.encoders]
