@@ -24,9 +24,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 READER = "cuda:0"
 LARGE_FLOATS = 2 << 20  # blocks of 8 MiB
 LARGE_BLOCKS = 65  # to read into
-# So much of the source's GPU that two such pools do not fit: a restarted source needs the first one's memory.
-POOL_SHARE = 0.55
-UNMAP_BUDGET_S = 2.0
+# Two such pools fit: UCX keeps what it has mapped of a dead source until the reader's process ends (ADR 0012).
+POOL_SHARE = 0.3
+NOTICE_BUDGET_S = 1.0
 
 
 @pytest.fixture
@@ -114,8 +114,7 @@ def finish(*transfers: Transfer) -> None:
 def test_a_reader_survives_the_death_of_its_source(
     any_ticket: ConnectorBench, start: Callable[..., OwnerProcess], moment: str
 ) -> None:
-    pool_bytes = POOL_SHARE * torch.cuda.mem_get_info(other_device())[1]
-    num_blocks = int(pool_bytes) // (4 * LARGE_FLOATS)
+    num_blocks = int(POOL_SHARE * torch.cuda.mem_get_info(other_device())[1]) // (4 * LARGE_FLOATS)
     owner = start(other_device(), num_blocks, LARGE_FLOATS)
     reader = LargeReader(owner, num_blocks, any_ticket)
     link = reader.connector.connect(owner.peer, owner.offer)
@@ -136,13 +135,12 @@ def test_a_reader_survives_the_death_of_its_source(
     late = link.read(reader.request)
     finish(late)
     assert late.poll() is TransferState.FAILED and isinstance(late.error, TransferError)
+    assert time.monotonic() - died_s < NOTICE_BUDGET_S
     assert {transfer.poll() for transfer in transfers} <= {TransferState.DONE, TransferState.FAILED}
     if moment != "before":
         reader.assert_arrived()
     reader.assert_context_lives()
     link.close()
-    wait_until(lambda: torch.cuda.mem_get_info(other_device())[0] > pool_bytes)
-    assert time.monotonic() - died_s < UNMAP_BUDGET_S
 
     restarted = start(other_device(), num_blocks, LARGE_FLOATS)
     with pytest.raises(TransferError, match="another engine start"):
