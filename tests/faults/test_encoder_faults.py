@@ -14,7 +14,18 @@ from pathlib import Path
 
 import pytest
 from encoder_cluster import CANCEL_DEADLINE_S, EncoderCluster
-from encoder_scene import ANSWER_WITHIN_S, ENCODING, PULLING, PULLING_SOCKET, Cell, Scene, await_cancel, cells
+from encoder_scene import (
+    ANSWER_WITHIN_S,
+    ENCODING,
+    ISSUING,
+    PULLING,
+    PULLING_SOCKET,
+    Cell,
+    Scene,
+    await_cancel,
+    await_noticed,
+    cells,
+)
 from vision_checkpoints import make_qwen2_5_vl
 
 from kvrelay_core.errors import KvRelayError, UnavailableError
@@ -92,6 +103,15 @@ async def test_a_stopped_encoder_is_left_for_the_other_one(cluster: EncoderClust
             scene.go_on()
         await scene.answer()
         encoder.send(signal.SIGCONT)
+
+
+@cells(ENCODING, stages=(ENCODING, ISSUING))
+async def test_an_engine_that_stops_is_left_for_another_encoder(cluster: EncoderCluster, cell: Cell) -> None:
+    async with Scene(cluster, cell) as scene:
+        said = scene.encoder.log_bytes
+        await scene.answer()
+        await asyncio.to_thread(await_noticed, scene.encoder, said)
+        scene.go_on()
 
 
 # ----------------------------------------------------------------------------------------- prefill killed

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import re
 import signal
 import sys
 import time
@@ -22,7 +21,6 @@ from encoder_scene import (
     ANSWER_WITHIN_S,
     COPIED,
     ENCODING,
-    ISSUING,
     PULLED,
     PULLED_SOCKET,
     PULLING,
@@ -30,17 +28,17 @@ from encoder_scene import (
     Cell,
     Scene,
     await_cancel,
+    await_noticed,
     cells,
 )
-from fault_worker import FaultProcess, Part
+from fault_worker import Part
 from picture_questions import new_question
 from vision_checkpoints import as_bytes, draw_picture, make_qwen2_5_vl
 
 from kvrelay_core.errors import UnavailableError
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240), pytest.mark.full]
 
-NOTICED_WITHIN_S = 3.0
 PINNED_S = 1.0
 NUM_TO_EVICT_ALL = 80  # pictures of 16 KiB each, in a pool of 1 MiB
 _seeds = itertools.count(20_000)
@@ -65,24 +63,7 @@ def cluster(request: pytest.FixtureRequest, model_dir: Path) -> Iterator[Encoder
         yield cluster
 
 
-def await_noticed(encoder: FaultProcess, since_bytes: int) -> None:
-    """By its own service."""
-    told = re.compile(r"the engine has not moved for ([0-9.]+) s")
-    wait_until(lambda: told.search(encoder.said(since_bytes)) is not None, ANSWER_WITHIN_S, encoder.log)
-    [silent_s, *_] = told.findall(encoder.said(since_bytes))
-    assert float(silent_s) <= NOTICED_WITHIN_S
-
-
 # ---------------------------------------------------------------------------------------- the engine stops
-
-
-@cells(ENCODING, stages=(ENCODING, ISSUING))
-async def test_an_engine_that_stops_is_left_for_another_encoder(cluster: EncoderCluster, cell: Cell) -> None:
-    async with Scene(cluster, cell) as scene:
-        said = scene.encoder.log_bytes
-        await scene.answer()
-        await asyncio.to_thread(await_noticed, scene.encoder, said)
-        scene.go_on()
 
 
 @cells(stages=(PULLING, PULLING_SOCKET, COPIED, PULLED, PULLED_SOCKET))
@@ -121,7 +102,7 @@ async def test_the_only_engine_is_not_waited_for_too_long(cluster: EncoderCluste
 # ------------------------------------------------------------------------------------------- the cache
 
 
-@cells(PULLING, stages=(PULLING, PULLING_SOCKET))
+@cells(stages=(PULLING, PULLING_SOCKET))
 async def test_what_an_encoder_has_evicted_is_encoded_again(cluster: EncoderCluster, cell: Cell) -> None:
     """Its pins ran out while prefill stood still; others took the room; prefill finds that out by the words."""
     async with Scene(cluster, cell) as scene:

@@ -6,6 +6,7 @@ What a test does to the processes then is its own; afterwards nothing may be hel
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from kvrelay_client import AsyncClient
 
 ANSWER_WITHIN_S = 12.0  # others compute on this machine as well
 UNDISTURBED_S = 30.0
+NOTICED_WITHIN_S = 3.0  # that an engine stands still
 FULL = pytest.mark.full
 
 
@@ -147,3 +149,11 @@ def await_cancel(workers: list[FaultProcess]) -> None:
         CANCEL_DEADLINE_S,
         f"the cancel at each of {names}",
     )
+
+
+def await_noticed(encoder: FaultProcess, since_bytes: int) -> None:
+    """By its own service."""
+    told = re.compile(r"the engine has not moved for ([0-9.]+) s")
+    wait_until(lambda: told.search(encoder.said(since_bytes)) is not None, ANSWER_WITHIN_S, encoder.log)
+    [silent_s, *_] = told.findall(encoder.said(since_bytes))
+    assert float(silent_s) <= NOTICED_WITHIN_S
