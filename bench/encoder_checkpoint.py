@@ -52,4 +52,4 @@ def _draw(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
     """Scaled by what goes in; norms and biases are near 1 and 0."""
     drawn = torch.randn(shape, generator=generator, device=generator.device)
     scaled = drawn / math.sqrt(math.prod(shape[1:])) if len(shape) > 1 else 1 + 0.1 * drawn
-    return scaled.to("cpu", torch.bfloat16)
+    return scaled.to(torch.bfloat16).cpu()
