@@ -55,8 +55,9 @@ class ActiveLink:
         self.num_reads -= 1
 
     def close(self) -> None:
-        self.is_closed = True
-        self.link.close()
+        if not self.is_closed:
+            self.is_closed = True
+            self.link.close()
 
     def judge(self) -> None:
         """Takes up what the probe found, when it is over."""

@@ -101,7 +101,8 @@ class MappingKeeper:
             leaving, self._leaving = self._leaving, []
         self._watched.update((mapping.life_fd, mapping) for mapping in arrived)
         for mapping in leaving:
-            if self._watched.pop(mapping.life_fd, None) is not None:  # else its owner died before
+            if self._watched.get(mapping.life_fd) is mapping:  # else its owner died before: the number may be another's
+                del self._watched[mapping.life_fd]
                 self._retired.append(mapping)
 
     def _lose(self, mapping: Mapping) -> None:

@@ -51,13 +51,24 @@ def test_while_a_torn_link_has_not_ended_the_peer_is_read_over_the_next_connecto
     arrive(ways, 3)
 
 
-def hang_on_first(ways: TwoWays, request_ids: list[int]) -> None:
-    """Reads that end when the fabric says so, whoever closes their link."""
+def test_a_link_is_closed_once_however_often_it_is_to_be_torn_down(ways: TwoWays) -> None:
+    closed = hang_on_first(ways, [1])
+    fail(ways, 2)
+    for _ in range(3):
+        ways.reader.peers.tear_down(ADDRESS, "first")
+    ways.reader.peers.disconnect(ADDRESS)
+    assert closed == ["first"]
+
+
+def hang_on_first(ways: TwoWays, request_ids: list[int]) -> list[str]:
+    """Reads that end when the fabric says so, whoever closes their link. Returns what will have been closed."""
+    closed: list[str] = []
     for request_id in request_ids:
         ways.begin(request_id)
     active = ways.reader.peers.find(ADDRESS, ways.side.memory.engine_epoch)
     assert active is not None and active.connector == "first"
-    active.link.close = lambda: None  # type: ignore[method-assign]
+    active.link.close = lambda: closed.append("first")  # type: ignore[method-assign]
+    return closed
 
 
 def arrive(ways: TwoWays, request_id: int) -> None:

@@ -63,6 +63,24 @@ def test_a_mapping_goes_with_its_owner(keeper: MappingKeeper) -> None:
     living.end_owner()
 
 
+def test_a_late_close_does_not_take_the_mapping_that_has_its_descriptor_now(keeper: MappingKeeper) -> None:
+    dead = FakeMapping()
+    keeper.watch(dead)
+    dead.end_owner()
+    wait_until(lambda: dead.num_unmapped == 1)
+    fresh = FakeMapping()
+    if fresh.life_fd != dead.life_fd:
+        os.dup2(fresh.life_fd, dead.life_fd)
+        os.close(fresh.life_fd)
+        fresh.life_fd = dead.life_fd
+    keeper.watch(fresh)
+    keeper.retire(dead)
+    keeper.retire(fresh)
+    wait_until(lambda: fresh.num_unmapped == 1)
+    assert dead.num_unmapped == 1
+    fresh.end_owner()
+
+
 def test_an_owner_that_was_dead_before_is_noticed(keeper: MappingKeeper) -> None:
     mapping = FakeMapping()
     mapping.end_owner()
