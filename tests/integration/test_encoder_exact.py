@@ -7,22 +7,28 @@ worker; and decode workers that run out of room.
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import ExitStack
 from typing import Any
 
 import pytest
+from answers import Answer
 from cluster import Cluster
 from lone_worker import serve
+from PIL import Image
 from vision_cases import VisionCases, ask_about
+from vision_checkpoints import as_bytes
 from vision_questions import QuestionMaker, usable_prefix
 
 from kvrelay_cli.ports import choose_ports
 from kvrelay_client import AsyncClient
+from kvrelay_core.errors import UnavailableError
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 ONE_OF_EACH = ["qwen2_5_vl", pytest.param("gemma3_crops", marks=pytest.mark.full)]
 HIT_TOKENS = 64
+WAITED_FOR_S = 5.0  # an encoder, when none serves
 
 
 @pytest.mark.parametrize("model", ONE_OF_EACH)
@@ -36,6 +42,34 @@ async def test_encoder_exact_after_an_encoder_was_killed(vision_cases: VisionCas
             cluster.wait_restarted("encoder", 0, cluster.kill("encoder"))
             assert (await ask_about(client, **second.ways()[0])).token_ids == second.answer
             assert (await ask_about(client, **first.ways()[0])).token_ids == first.answer
+        cluster.assert_no_leaks()
+
+
+@pytest.mark.full
+async def test_encoder_exact_while_the_only_encoder_is_killed(vision_cases: VisionCases) -> None:
+    """In the middle of pictures that take seconds to decode: they are encoded once the supervisor has it up again, or
+    the request ends typed where that takes too long."""
+    case = vision_cases("qwen2_5_vl")
+    shades = [Image.linear_gradient("L").rotate(90 * turn).resize((6000, 6000)).convert("RGB") for turn in range(4)]
+    pictures = [as_bytes(shade, "JPEG") for shade in shades]
+    prompt = [token for index in range(4) for token in (5 + index, case.reference.pad, 9)]
+    with Cluster(case.model_dir, encoder=1, block_tokens=16, max_num_seqs=8, max_model_len=1024) as cluster:
+        async with cluster.client() as client:
+            # What follows an image's end changes its name, and nothing else.
+            twins = [picture + b"twin" for picture in pictures]
+            expected = (await ask_about(client, token_ids=prompt, media=twins)).token_ids
+            asking = asyncio.ensure_future(ask_about(client, token_ids=prompt, media=pictures, cache_salt="other"))
+            while not await asyncio.to_thread(lambda: cluster.load_of("encoder").requests_waiting):
+                assert not asking.done(), "they were encoded before anybody looked"
+            killed_s = time.monotonic()
+            old_pid = cluster.kill("encoder")
+            await asyncio.to_thread(cluster.wait_restarted, "encoder", 0, old_pid)
+            is_late = time.monotonic() - killed_s > WAITED_FOR_S
+            [outcome] = await asyncio.gather(asking, return_exceptions=True)
+            if is_late and isinstance(outcome, UnavailableError):
+                assert "no encoder serves" in outcome.message
+            else:
+                assert isinstance(outcome, Answer) and outcome.token_ids == expected, repr(outcome)
         cluster.assert_no_leaks()
 
 
