@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from kvrelay_core.request import AttemptId
 from kvrelay_transfer.connectors.base import BlockRead, PeerInfo, PeerLink, Transfer, TransferState
 from kvrelay_transfer.fence import agree
 from kvrelay_transfer.layout import KvLayout
+from kvrelay_transfer.naps import allow_naps, nap
 from kvrelay_transfer.ticket import GroupBlocks, KvTicket, LeaseTerms
 
 DEADLINE_S = 60.0
@@ -57,6 +57,7 @@ class Pair:
     ) -> None:
         """Moves `size_bytes` in whole spans, one at least. Raises ConfigError or TransferError where the connector
         cannot work here."""
+        allow_naps()
         self.layout = layout_of(span_bytes)
         num_spans = max(1, size_bytes // span_bytes)
         self.size_bytes = num_spans * span_bytes
@@ -115,11 +116,12 @@ class Pair:
             raise InternalError("the blocks that arrived are not those that were sent; nothing was measured")
 
     def wait(self, is_done: Callable[[], bool]) -> None:
-        """Gives the processor away, but does not sleep: that would be part of what is measured."""
+        """Naps, but does not sleep: that would be part of what is measured. Without naps it would keep the interpreter
+        from the threads of connectors, as no engine does."""
         give_up_s = time.monotonic() + DEADLINE_S
         while not is_done():
             self.side.progress()
-            os.sched_yield()
+            nap()
             if time.monotonic() > give_up_s:
                 raise TransferError(f"nothing came within {DEADLINE_S:g} s")
 
