@@ -2,7 +2,7 @@
 
 The import writes UCX_MEMTYPE_CACHE, UCX_RNDV_THRESH and others into the environment, where any other user of UCX in
 this process, such as a NIXL agent, would read them (and run at a third of its speed). What we want is given to our
-own context instead; what the user has set in the environment goes before it.
+own context instead, one for all workers with the same options; what the user has set in the environment goes before it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from kvrelay_core.errors import ConfigError
@@ -24,7 +25,8 @@ _OPTIONS = {
     "TCP_SNDBUF": "4m",
     "TCP_RCVBUF": "4m",
 }
-_CUDA_OPTIONS = {"MEMTYPE_CACHE": "n", "RNDV_FRAG_MEM_TYPE": "cuda", "MAX_RNDV_RAILS": "1"}
+# Without its cache of memory types UCX asks the driver about each buffer anew, which waits for the copies under way.
+_CUDA_OPTIONS = {"MEMTYPE_CACHE": "y", "RNDV_FRAG_MEM_TYPE": "cuda", "MAX_RNDV_RAILS": "1"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +49,31 @@ class UcxLibrary:
         return cls(libucxx, Array)
 
     def make_worker(self, device: str, options: Mapping[str, str] | None = None) -> Any:
-        """A UCX worker with a context of its own, ready to be waited for. `options` as in UCX_*, without the prefix.
+        """A UCX worker, ready to be waited for. `options` as in UCX_*, without the prefix.
 
         Raises ConfigError when UCX finds nothing to work with.
         """
         wanted = _OPTIONS | (_CUDA_OPTIONS if device != "cpu" else {}) | dict(options or {})
         unset = {name: value for name, value in wanted.items() if f"UCX_{name}" not in os.environ}
-        features = (self.api.Feature.TAG, self.api.Feature.WAKEUP)
         try:
-            worker = self.api.UCXWorker(self.api.UCXContext(unset, features))
+            worker = self.api.UCXWorker(_context(self, tuple(sorted(unset.items()))))
             worker.init_blocking_progress_mode()
         except self.api.UCXError as error:
             raise ConfigError(f"UCX cannot start: {error}; look at UCX_TLS and UCX_NET_DEVICES") from error
         return worker
+
+
+@cache
+def _context(library: UcxLibrary, options: tuple[tuple[str, str], ...]) -> Any:
+    """One for the process, with a registration cache: without it UCX 1.21 crashes when a send is given up that its peer
+    was to fetch. A context cannot have one that is made after another UCX, such as NIXL's, has hooked into memory
+    management behind the first of ours; then peers fetch nothing, which is slower."""
+    api = library.api
+    features = (api.Feature.TAG, api.Feature.WAKEUP)
+    try:
+        return api.UCXContext({"RCACHE_ENABLE": "y", **dict(options)}, features)
+    except api.UCXError:
+        return api.UCXContext({"RNDV_SCHEME": "put_zcopy", **dict(options)}, features)
 
 
 @contextmanager
