@@ -144,7 +144,7 @@ def finish(transfer: Transfer) -> TransferState:
 def check_contents(reader: Reader, owner: Owner, transfer: Transfer) -> None:
     """`fill_block` of the owner, done again here."""
     assert finish(transfer) is TransferState.DONE, transfer.error
-    assert transfer.words == owner.ticket.groups[0].words
+    assert tuple(transfer.words) == owner.ticket.groups[0].words
     expected = make_memory(NUM_BLOCKS, LAYOUT)
     for local, remote in zip(owner.read_all().local_blocks, owner.blocks, strict=True):
         fill_block(expected, local, seed=1000 + remote)

@@ -37,7 +37,7 @@ def hold_gather(number: int) -> None:
     gather = ucx_chunks.HostCopier.gather
     seen = 0
 
-    def held(copier: ucx_chunks.HostCopier, blocks: ucx_chunks.Indices, chunk: Any, then: Callable[[], None]) -> None:
+    def held(copier: ucx_chunks.HostCopier, blocks: Any, chunk: Any, then: Callable[[], None]) -> None:
         nonlocal seen
         seen += 1
         if seen == number:

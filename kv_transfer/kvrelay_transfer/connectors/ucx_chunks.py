@@ -9,20 +9,25 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvrelay_transfer.connectors.base import Blocks
+from kvrelay_transfer.cuda_memory import CudaAllocation
+from kvrelay_transfer.cuda_runtime import CudaCallError, CudaRuntime
 from kvrelay_transfer.pool_memory import PoolMemory
 
-Indices = npt.NDArray[np.int64]
 Job = Callable[[], None]
-CopyWatch = Callable[[Callable[[], bool], Job], None]  # see UcxWorker.watch_copy
 
-# Large enough for a link's full speed, which a GPU's links reach late.
-CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 64 << 20}
+
+# Large enough for a link's full speed, and small enough for several on their way through a read of the engine.
+CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 32 << 20}
+# torch copies elements: the wider, the faster.
+_WIDE_DTYPES = (torch.complex128, torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
 def chunk_bytes_for(memory: PoolMemory) -> int:
@@ -32,105 +37,159 @@ def chunk_bytes_for(memory: PoolMemory) -> int:
     return max(1, min(wanted, memory.num_blocks - 1)) * block_bytes
 
 
+@dataclass(slots=True, eq=False)
+class Chunk:
+    """Bytes [chunk_bytes] of any content; `rows` is the same as rows of a block each."""
+
+    memory: Any
+    rows: Any
+    _wrap: Callable[[Any], Any]
+    _wrapped: dict[int, Any] = field(default_factory=dict)
+
+    def first(self, size_bytes: int) -> Any:
+        """The first so many bytes, as UCX takes them."""
+        wrapped = self._wrapped.get(size_bytes)
+        if wrapped is None:
+            wrapped = self._wrapped[size_bytes] = self._wrap(self.memory[:size_bytes])
+        return wrapped
+
+
 class ChunkPool:
     """At most `limit` chunks, which are allocated when they are first taken."""
 
-    def __init__(self, allocate: Callable[[], Any], limit: int) -> None:
+    def __init__(self, allocate: Callable[[], Chunk], limit: int) -> None:
         self._allocate = allocate
-        self._free: list[Any] = []
+        self._free: list[Chunk] = []
         self._limit = limit
         self.num_taken = 0
 
-    def take(self) -> Any | None:
-        """None while all are taken. Raises MemoryError or torch.OutOfMemoryError."""
+    def take(self) -> Chunk | None:
+        """None while all are taken. Raises MemoryError or RuntimeError, such as torch.OutOfMemoryError."""
         if self.num_taken == self._limit:
             return None
         chunk = self._free.pop() if self._free else self._allocate()
         self.num_taken += 1
         return chunk
 
-    def give_back(self, chunk: Any) -> None:
+    def give_back(self, chunk: Chunk) -> None:
         self.num_taken -= 1
         self._free.append(chunk)
 
 
-class ChunkCopier(ABC):
-    """`then` is called on the connector's thread when the bytes are where they belong, maybe at once."""
+class CopyWatcher(Protocol):
+    """What a copier needs of `UcxWorker`."""
 
-    def __init__(self, memory: PoolMemory) -> None:
+    def wrap(self, buffer: Any) -> Any: ...
+
+    def watch_copy(self, is_over: Callable[[], bool], then: Job) -> None: ...
+
+
+class ChunkCopier(ABC):
+    """Used on the connector's thread only, on which `enter` has been called before. `then` is called there when the
+    bytes are where they belong, maybe at once."""
+
+    def __init__(self, memory: PoolMemory, watcher: CopyWatcher) -> None:
+        self.device = memory.device
         self.block_bytes = memory.layout.block_bytes
         self.chunk_bytes = chunk_bytes_for(memory)
+        self._watcher = watcher
 
     @abstractmethod
-    def allocate(self) -> Any:
-        """A chunk as bytes [chunk_bytes], of any content."""
+    def enter(self) -> None:
+        """Makes the calling thread the copier's own."""
 
     @abstractmethod
-    def allocate_blank(self, size_bytes: int) -> Any:
-        """Bytes [size_bytes] that have never held anything of the pool."""
+    def allocate(self) -> Chunk:
+        """Raises MemoryError or RuntimeError."""
 
     @abstractmethod
-    def gather(self, blocks: Indices, chunk: Any, then: Job) -> None: ...
+    def allocate_blank(self) -> Chunk:
+        """One that has never held anything of the pool. Raises as `allocate`."""
 
     @abstractmethod
-    def scatter(self, chunk: Any, blocks: Indices, then: Job) -> None: ...
+    def prepare(self, blocks: Blocks) -> Any:
+        """The blocks of a read as `gather` and `scatter` take slices of them. Raises as `allocate`."""
+
+    @abstractmethod
+    def gather(self, blocks: Any, chunk: Chunk, then: Job) -> None: ...
+
+    @abstractmethod
+    def scatter(self, chunk: Chunk, blocks: Any, then: Job) -> None: ...
 
 
 class HostCopier(ChunkCopier):
-    def __init__(self, memory: PoolMemory) -> None:
-        super().__init__(memory)
+    def __init__(self, memory: PoolMemory, watcher: CopyWatcher) -> None:
+        super().__init__(memory, watcher)
         self._rows: npt.NDArray[np.uint8] = memory.block_rows.numpy()
 
-    def allocate(self) -> Any:
-        return np.empty(self.chunk_bytes, np.uint8)
+    def enter(self) -> None:
+        """Any thread will do."""
 
-    def allocate_blank(self, size_bytes: int) -> Any:
-        return np.full(size_bytes, 0x5A, np.uint8)  # zeros would all be one page
+    def allocate(self) -> Chunk:
+        memory = np.empty(self.chunk_bytes, np.uint8)
+        return Chunk(memory, memory.reshape(-1, self.block_bytes), self._watcher.wrap)
 
-    def gather(self, blocks: Indices, chunk: Any, then: Job) -> None:
+    def allocate_blank(self) -> Chunk:
+        chunk = self.allocate()
+        chunk.memory.fill(0x5A)  # zeros might all be one page
+        return chunk
+
+    def prepare(self, blocks: Blocks) -> Any:
+        return blocks
+
+    def gather(self, blocks: Any, chunk: Chunk, then: Job) -> None:
         # With a mode other than "raise", take writes to `out` without a buffer between; the blocks were checked.
-        np.take(self._rows, blocks, axis=0, out=self._rows_of(chunk, len(blocks)), mode="clip")
+        np.take(self._rows, blocks, axis=0, out=chunk.rows[: len(blocks)], mode="clip")
         then()
 
-    def scatter(self, chunk: Any, blocks: Indices, then: Job) -> None:
-        self._rows[blocks] = self._rows_of(chunk, len(blocks))
+    def scatter(self, chunk: Chunk, blocks: Any, then: Job) -> None:
+        self._rows[blocks] = chunk.rows[: len(blocks)]
         then()
-
-    def _rows_of(self, chunk: Any, count: int) -> Any:
-        return chunk[: count * self.block_bytes].reshape(count, self.block_bytes)
 
 
 class CudaCopier(ChunkCopier):
     """Blocks that are read are sealed and blocks that are written are the transfer's, so there is nothing on the
     engine's stream to wait for; the engine uses what was written after `then`, thus after the event."""
 
-    def __init__(self, memory: PoolMemory, watch: CopyWatch) -> None:
-        super().__init__(memory)
-        self._rows = memory.block_rows
-        self._device = memory.tensor.device
-        self._watch = watch
-        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+    def __init__(self, memory: PoolMemory, watcher: CopyWatcher) -> None:
+        super().__init__(memory, watcher)
+        self._cuda_device = memory.tensor.device
+        self._runtime = CudaRuntime.load()
+        self._dtype = next(dtype for dtype in _WIDE_DTYPES if self.block_bytes % dtype.itemsize == 0)
+        self._rows = self._rows_of(memory.block_rows.view(-1))
+        # Before the engine's kernels, which take longer than ours.
+        self._stream = torch.cuda.Stream(self._cuda_device, priority=-1)  # type: ignore[no-untyped-call]
 
-    def allocate(self) -> Any:
-        return torch.empty(self.chunk_bytes, dtype=torch.uint8, device=self._device)
+    def enter(self) -> None:
+        torch.cuda.set_device(self._cuda_device)
+        torch.cuda.set_stream(self._stream)  # of this thread
 
-    def allocate_blank(self, size_bytes: int) -> Any:
-        blank = torch.zeros(size_bytes, dtype=torch.uint8, device=self._device)
-        torch.cuda.current_stream(self._device).synchronize()
-        return blank
+    def allocate(self) -> Chunk:
+        """By cudaMalloc, now: UCX has seen it then, and takes it for what it is; peers can map it."""
+        try:
+            allocation = CudaAllocation(self._runtime, self.chunk_bytes, self._cuda_device.index)
+        except CudaCallError as error:
+            raise MemoryError(str(error)) from error
+        memory = torch.as_tensor(allocation, device=self._cuda_device)
+        return Chunk(memory, self._rows_of(memory), self._watcher.wrap)
 
-    def gather(self, blocks: Indices, chunk: Any, then: Job) -> None:
-        with torch.cuda.stream(self._stream):
-            torch.index_select(self._rows, 0, self._index(blocks), out=self._rows_of(chunk, len(blocks)))
-        self._watch(self._ended(), then)
+    def allocate_blank(self) -> Chunk:
+        chunk = self.allocate()
+        chunk.memory.zero_()
+        self._stream.synchronize()
+        return chunk
 
-    def scatter(self, chunk: Any, blocks: Indices, then: Job) -> None:
-        with torch.cuda.stream(self._stream):
-            self._rows.index_copy_(0, self._index(blocks), self._rows_of(chunk, len(blocks)))
-        self._watch(self._ended(), then)
+    def prepare(self, blocks: Blocks) -> Any:
+        # torch keeps pinned memory for the next upload, and gives it out again when this one is over.
+        return torch.from_numpy(blocks).pin_memory().to(self._cuda_device, non_blocking=True)
 
-    def _index(self, blocks: Indices) -> torch.Tensor:
-        return torch.from_numpy(blocks).pin_memory().to(self._device, non_blocking=True)
+    def gather(self, blocks: Any, chunk: Chunk, then: Job) -> None:
+        torch.index_select(self._rows, 0, blocks, out=chunk.rows[: len(blocks)])
+        self._watcher.watch_copy(self._ended(), then)
+
+    def scatter(self, chunk: Chunk, blocks: Any, then: Job) -> None:
+        self._rows.index_copy_(0, blocks, chunk.rows[: len(blocks)])
+        self._watcher.watch_copy(self._ended(), then)
 
     def _ended(self) -> Callable[[], bool]:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -138,9 +197,9 @@ class CudaCopier(ChunkCopier):
         query: Callable[[], bool] = event.query
         return query
 
-    def _rows_of(self, chunk: Any, count: int) -> Any:
-        return chunk[: count * self.block_bytes].view(count, self.block_bytes)
+    def _rows_of(self, flat: torch.Tensor) -> torch.Tensor:
+        return flat.view(self._dtype).view(-1, self.block_bytes // self._dtype.itemsize)
 
 
-def make_copier(memory: PoolMemory, watch: CopyWatch) -> ChunkCopier:
-    return HostCopier(memory) if memory.device == "cpu" else CudaCopier(memory, watch)
+def make_copier(memory: PoolMemory, watcher: CopyWatcher) -> ChunkCopier:
+    return HostCopier(memory, watcher) if memory.device == "cpu" else CudaCopier(memory, watcher)

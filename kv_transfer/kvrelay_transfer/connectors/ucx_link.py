@@ -11,7 +11,6 @@ from concurrent.futures import Future
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from kvrelay_core.clock import Clock
 from kvrelay_core.errors import DeadlineError, InternalError, KvRelayError, TransferError, UnsupportedError
@@ -19,10 +18,12 @@ from kvrelay_transfer.connectors.base import (
     BlockRead,
     EndedTransfer,
     PeerLink,
+    ReadWindow,
     Transfer,
     TransferState,
     check_block_range,
 )
+from kvrelay_transfer.connectors.ucx_chunks import Chunk
 from kvrelay_transfer.connectors.ucx_messages import (
     MAX_CHUNKS,
     PROBE_CHUNKS,
@@ -37,7 +38,11 @@ from kvrelay_transfer.connectors.ucx_messages import (
 )
 from kvrelay_transfer.connectors.ucx_reader import UcxReader
 from kvrelay_transfer.connectors.ucx_worker import Done, Job, UcxPeer
+from kvrelay_transfer.fence import WordArray
+from kvrelay_transfer.ticket import Ticket
 
+# Between GPUs reads are long: a new one waits for nothing, but costs as much work as a chunk.
+WINDOWS = {"cpu": ReadWindow(), "cuda": ReadWindow(max_reads=4, max_read_bytes=256 << 20)}
 CONNECT_S = 2.0
 PROBE_S = 5.0
 
@@ -50,6 +55,7 @@ class UcxLink(PeerLink):
         self.peer_id = peer_id
         self.reader = reader
         self.is_closed = False
+        self.window = WINDOWS[reader.copier.device]
         self.chunk_bytes = min(endpoint.chunk_bytes, reader.copier.chunk_bytes)
         self._address = endpoint.worker_address
         self._num_blocks = num_blocks
@@ -57,6 +63,8 @@ class UcxLink(PeerLink):
         self._deadline_s = deadline_s
         self._peer: UcxPeer | None = None
         self._link_id = 0
+        self._ticket: Ticket | None = None  # the last one, and how it is encoded
+        self._encoded_ticket = msgspec.Raw()
         self._transfers: set[UcxTransfer] = set()
         self._probe = _Probe(self, clock)
 
@@ -92,11 +100,11 @@ class UcxLink(PeerLink):
     def _check(self, read: BlockRead) -> None:
         if read.slices is not None:
             raise UnsupportedError("the ucx connector moves whole blocks; give both workers the same KV layout")
-        check_block_range(read.local_blocks, self._num_blocks, "our")
-        if len(read.local_blocks) != len(read.remote_blocks):
-            raise TransferError(f"{len(read.remote_blocks)} blocks cannot go into {len(read.local_blocks)}")
-        if len(read.local_blocks) > self.chunk_blocks * MAX_CHUNKS:
-            raise TransferError(f"{len(read.local_blocks)} blocks are too many for one read; ask for fewer")
+        check_block_range(read.local, self._num_blocks, "our")
+        if len(read.local) != len(read.remote):
+            raise TransferError(f"{len(read.remote)} blocks cannot go into {len(read.local)}")
+        if len(read.local) > self.chunk_blocks * MAX_CHUNKS:
+            raise TransferError(f"{len(read.local)} blocks are too many for one read; ask for fewer")
 
     @property
     def chunk_blocks(self) -> int:
@@ -124,6 +132,12 @@ class UcxLink(PeerLink):
         """Raises TransferError."""
         peer = self.connected_peer()
         self.reader.worker.send_message(peer, TO_SOURCE, self._link_id, msgspec.msgpack.encode(message), on_done)
+
+    def encode(self, ticket: Ticket) -> msgspec.Raw:
+        """Reads of one ticket follow each other."""
+        if ticket is not self._ticket:
+            self._ticket, self._encoded_ticket = ticket, msgspec.Raw(msgspec.msgpack.encode(ticket))
+        return self._encoded_ticket
 
     def add(self, transfer: UcxTransfer) -> None:
         self._transfers.add(transfer)
@@ -168,11 +182,12 @@ class UcxTransfer(Transfer):
         self._is_expired = False
         # From here on the thread's own.
         self._read_id = 0
-        self._blocks = np.array(read.local_blocks, np.int64)
+        self._chunk_blocks = link.chunk_blocks
+        self._local_blocks: Any = None  # as the copier takes them
         self._arrived: set[int] = set()
         self._num_landed = 0
         self._num_scattering = 0
-        self._source_words: tuple[int, ...] | None = None
+        self._source_words: WordArray | None = None
         self._end: tuple[TransferState, KvRelayError | None] | None = None
 
     def poll(self) -> TransferState:
@@ -195,19 +210,23 @@ class UcxTransfer(Transfer):
         self._read_id = self._link.reader.add(self)
         self._link.add(self)
         read, link = self._read, self._link
-        address = link.reader.worker.address
+        address, ticket = link.reader.worker.address, link.encode(read.ticket)
+        remote = read.remote.tobytes()
         try:
-            link.send(
-                ReadRequest(self._read_id, address, read.ticket, read.group, read.remote_blocks, link.chunk_blocks)
-            )
+            link.send(ReadRequest(self._read_id, address, ticket, read.group, remote, link.chunk_blocks))
+            # While the source works.
+            self._local_blocks = link.reader.copier.prepare(read.local)
         except TransferError as error:
             self.fail(error)
+        except (MemoryError, RuntimeError) as error:
+            self._give_up(TransferError(f"there is no memory for the numbers of our blocks: {error}"))
 
     def size_of(self, index: int) -> int | None:
-        blocks = self._blocks_of(index)
-        return None if index in self._arrived or not len(blocks) else len(blocks) * self._link.reader.copier.block_bytes
+        begin = index * self._chunk_blocks
+        num_blocks = min(self._chunk_blocks, len(self._read.local) - begin)
+        return None if index in self._arrived or num_blocks <= 0 else num_blocks * self._link.reader.copier.block_bytes
 
-    def land(self, index: int, chunk: Any, then: Job) -> None:
+    def land(self, index: int, chunk: Chunk, then: Job) -> None:
         self._num_scattering += 1
 
         def scattered() -> None:
@@ -216,14 +235,17 @@ class UcxTransfer(Transfer):
             then()
             self._finish()
 
-        self._link.reader.copier.scatter(chunk, self._blocks_of(index), scattered)
+        begin = index * self._chunk_blocks
+        blocks = self._local_blocks[begin : begin + self._chunk_blocks]
+        self._link.reader.copier.scatter(chunk, blocks, scattered)
 
     def note_arrival(self, index: int) -> None:
         self._arrived.add(index)
 
-    def take_words(self, words: tuple[int, ...]) -> None:
-        if len(words) != len(self._blocks):
-            self.fail(TransferError(f"the source sent {len(words)} words for {len(self._blocks)} blocks"))
+    def take_words(self, words: WordArray) -> None:
+        num_blocks = len(self._read.remote)
+        if len(words) != num_blocks:
+            self.fail(TransferError(f"the source sent {len(words)} words for {num_blocks} blocks"))
             return
         self._source_words = words
         self._finish()
@@ -242,7 +264,7 @@ class UcxTransfer(Transfer):
     def _finish(self) -> None:
         if self._num_scattering or self._state.is_terminal:
             return
-        is_complete = self._num_landed * self._link.chunk_blocks >= len(self._blocks)
+        is_complete = self._num_landed * self._chunk_blocks >= len(self._read.local)
         if self._end is None and is_complete and self._source_words is not None:
             self.words = self._source_words
             self.end(TransferState.DONE, None)
@@ -263,23 +285,18 @@ class UcxTransfer(Transfer):
             self.fail(error)
             self._link.tell_given_up(self._read_id)
 
-    def _blocks_of(self, index: int) -> Any:
-        chunk_blocks = self._link.chunk_blocks
-        return self._blocks[index * chunk_blocks : (index + 1) * chunk_blocks]
-
 
 class _Probe:
-    """The speed from when the first chunk waits for us until the last one is here."""
+    """The same chunks twice; the first time wires up and warms up. Then the speed from when the first of them waits for
+    us until the last one is here."""
 
     def __init__(self, link: UcxLink, clock: Clock) -> None:
         self._link = link
         self._clock = clock
         self._deadline_at_s = clock.now() + PROBE_S
         self._gb_per_s: float | None = None
-        self._read_id = 0
-        self._arrived: set[int] = set()
-        self._num_landed = 0
-        self._first_at_s = 0.0
+        self._is_warm = False
+        self._begin()
 
     def gb_per_s(self) -> float | None:
         """None while it runs; 0.0 if the source did not answer in time, or not to the end."""
@@ -290,6 +307,7 @@ class _Probe:
     # -------------------------------------------------------------------------------------- on the thread
 
     def start(self) -> None:
+        """Raises TransferError."""
         self._read_id = self._link.reader.add(self)
         address = self._link.reader.worker.address
         self._link.send(ProbeRequest(self._read_id, address, self._link.chunk_bytes))
@@ -302,22 +320,40 @@ class _Probe:
             self._first_at_s = time.perf_counter()
         self._arrived.add(index)
 
-    def land(self, index: int, chunk: Any, then: Job) -> None:
+    def land(self, index: int, chunk: Chunk, then: Job) -> None:
         self._num_landed += 1
-        if self._num_landed == PROBE_CHUNKS:
-            size_bytes = PROBE_CHUNKS * self._link.chunk_bytes
-            self._end(size_bytes / (time.perf_counter() - self._first_at_s) / 1e9)
         then()
+        if self._num_landed == PROBE_CHUNKS:
+            self._end_round()
 
     def lose_connection(self) -> None:
         self._link.lose()
 
-    def take_words(self, words: tuple[int, ...]) -> None:
+    def take_words(self, words: WordArray) -> None:
         """A probe has none."""
 
     def fail(self, error: KvRelayError) -> None:
         if self._gb_per_s is None:
             self._end(0.0)
+
+    def _begin(self) -> None:
+        self._read_id = 0
+        self._arrived: set[int] = set()
+        self._num_landed = 0
+        self._first_at_s = 0.0
+
+    def _end_round(self) -> None:
+        if self._is_warm:
+            size_bytes = PROBE_CHUNKS * self._link.chunk_bytes
+            self._end(size_bytes / (time.perf_counter() - self._first_at_s) / 1e9)
+            return
+        self._link.reader.remove(self._read_id)
+        self._is_warm = True
+        self._begin()
+        try:
+            self.start()
+        except TransferError as error:
+            self.fail(error)
 
     def _end(self, gb_per_s: float) -> None:
         self._link.reader.remove(self._read_id)

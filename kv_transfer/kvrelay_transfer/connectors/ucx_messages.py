@@ -3,6 +3,7 @@
     reader -> source    ReadRequest, ProbeRequest, ReadAbort, Goodbye     tag TO_SOURCE | link id
     source -> reader    ReadDone, ReadFailed                              tag TO_READER | link id
     source -> reader    the packed chunks of a read or a probe            tag CHUNK | read id | index
+    either              one byte, before everything else                  tag HELLO
 
 Link and read ids are random or count from a random start, so that nothing of an earlier life is taken for ours.
 """
@@ -17,7 +18,7 @@ from msgspec import Struct
 from kvrelay_core.request import ErrorInfo
 from kvrelay_transfer.ticket import Ticket
 
-TO_SOURCE, TO_READER, CHUNK = 1, 2, 3
+HELLO, TO_SOURCE, TO_READER, CHUNK = 0, 1, 2, 3
 _ID_BITS, _INDEX_BITS = 44, 16
 _ID_MASK, _INDEX_MASK = (1 << _ID_BITS) - 1, (1 << _INDEX_BITS) - 1
 MAX_CHUNKS = _INDEX_MASK + 1
@@ -35,13 +36,14 @@ class UcxEndpoint(Struct, frozen=True, array_like=True):
 
 
 class ReadRequest(Struct, frozen=True, array_like=True, tag="read"):
-    """Send `blocks` of the ticket, `chunk_blocks` of them in each chunk, to the worker at `reader_address`."""
+    """Send `blocks` (i64, native order) of the ticket, `chunk_blocks` of them in each chunk, to the worker at
+    `reader_address`."""
 
     read_id: int
     reader_address: bytes
-    ticket: Ticket
+    ticket: msgspec.Raw  # encoded
     group: int
-    blocks: tuple[int, ...]
+    blocks: bytes
     chunk_blocks: int
 
 
@@ -76,6 +78,7 @@ class ReadFailed(Struct, frozen=True, array_like=True, tag="failed"):
 SourceMessage = ReadRequest | ProbeRequest | ReadAbort | Goodbye
 ReaderMessage = ReadDone | ReadFailed
 
+ticket_decoder: msgspec.msgpack.Decoder[Ticket] = msgspec.msgpack.Decoder(Ticket)
 source_decoder = msgspec.msgpack.Decoder(SourceMessage)
 reader_decoder = msgspec.msgpack.Decoder(ReaderMessage)
 

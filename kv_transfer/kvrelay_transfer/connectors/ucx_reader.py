@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -18,9 +18,10 @@ import numpy as np
 from kvrelay_core.clock import Clock
 from kvrelay_core.error_info import error_of
 from kvrelay_core.errors import KvRelayError, TransferError
-from kvrelay_transfer.connectors.ucx_chunks import ChunkCopier, ChunkPool
+from kvrelay_transfer.connectors.ucx_chunks import Chunk, ChunkCopier, ChunkPool
 from kvrelay_transfer.connectors.ucx_messages import ReadDone, ReadFailed, new_id, next_id, reader_decoder
 from kvrelay_transfer.connectors.ucx_worker import Arrival, Job, UcxWorker
+from kvrelay_transfer.fence import WordArray
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +39,13 @@ class Inbound(Protocol):
     def note_arrival(self, index: int) -> None:
         """The chunk is being received."""
 
-    def land(self, index: int, chunk: Any, then: Job) -> None:
+    def land(self, index: int, chunk: Chunk, then: Job) -> None:
         """The chunk is here. `then` is to be called when it is no longer needed."""
 
     def lose_connection(self) -> None:
         """The source does not send on."""
 
-    def take_words(self, words: tuple[int, ...]) -> None: ...
+    def take_words(self, words: WordArray) -> None: ...
 
     def fail(self, error: KvRelayError) -> None: ...
 
@@ -53,7 +54,7 @@ class Inbound(Protocol):
 class _Receiving:
     arrival: Arrival
     inbound: Inbound
-    chunk: Any
+    chunk: Chunk
     since_s: float
 
 
@@ -101,7 +102,7 @@ class UcxReader:
             return
         match message:
             case ReadDone(_, words) if len(words) % 8 == 0:
-                inbound.take_words(tuple(np.frombuffer(words, np.uint64).tolist()))
+                inbound.take_words(np.frombuffer(words, np.uint64))
             case ReadDone():
                 inbound.fail(TransferError("the source sent words that this version cannot read"))
             case ReadFailed(_, error_info):
@@ -130,11 +131,11 @@ class UcxReader:
                 return
             self._receive(self._waiting.popleft(), inbound, chunk)
 
-    def _receive(self, arrival: Arrival, inbound: Inbound, chunk: Any) -> None:
+    def _receive(self, arrival: Arrival, inbound: Inbound, chunk: Chunk) -> None:
         inbound.note_arrival(arrival.index)
         receiving = _Receiving(arrival, inbound, chunk, self._clock.now())
         self._receiving.add(receiving)
-        self.worker.receive(arrival, chunk[: arrival.size_bytes], lambda error: self._received(receiving, error))
+        self.worker.receive(arrival, chunk.first(arrival.size_bytes), lambda error: self._received(receiving, error))
 
     def _received(self, receiving: _Receiving, error: TransferError | None) -> None:
         self._receiving.remove(receiving)
@@ -147,7 +148,7 @@ class UcxReader:
         if is_wanted and error is not None:
             inbound.fail(error)
 
-    def _free(self, chunk: Any) -> None:
+    def _free(self, chunk: Chunk) -> None:
         self._chunks.give_back(chunk)
         self._receive_waiting()
 
@@ -156,4 +157,4 @@ class UcxReader:
         if arrival.size_bytes > _MAX_WASTE_BYTES:
             logger.warning("left a UCX message of %d bytes that nobody asked for", arrival.size_bytes)
             return
-        self.worker.receive(arrival, np.empty(arrival.size_bytes, np.uint8), lambda _: None)
+        self.worker.receive(arrival, self.worker.wrap(np.empty(arrival.size_bytes, np.uint8)), lambda _: None)

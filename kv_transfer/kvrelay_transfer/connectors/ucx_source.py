@@ -17,8 +17,8 @@ import numpy as np
 from kvrelay_core.clock import Clock
 from kvrelay_core.error_info import info_of
 from kvrelay_core.errors import KvRelayError, LeaseExpiredError, TransferError
-from kvrelay_transfer.connectors.base import ExportGate, check_block_range
-from kvrelay_transfer.connectors.ucx_chunks import ChunkCopier, ChunkPool, Indices
+from kvrelay_transfer.connectors.base import Blocks, ExportGate, check_block_range
+from kvrelay_transfer.connectors.ucx_chunks import Chunk, ChunkCopier, ChunkPool
 from kvrelay_transfer.connectors.ucx_messages import (
     CHUNK,
     MAX_CHUNKS,
@@ -33,14 +33,16 @@ from kvrelay_transfer.connectors.ucx_messages import (
     ReadRequest,
     make_tag,
     source_decoder,
+    ticket_decoder,
 )
 from kvrelay_transfer.connectors.ucx_worker import UcxPeer, UcxWorker
 from kvrelay_transfer.pool_memory import PoolMemory
+from kvrelay_transfer.ticket import Ticket
 
 logger = logging.getLogger(__name__)
 
-MAX_CHUNKS_SENDING = 4
-MAX_CHUNKS_PER_READER = 2  # one is packed while the other one is under way; a stopped reader holds no more
+MAX_CHUNKS_SENDING = 8
+MAX_CHUNKS_PER_READER = 4  # packed, announced, and two that are taken; a stopped reader holds no more
 SEND_DEADLINE_S = 30.0
 
 
@@ -56,10 +58,11 @@ class _Reader:
 class _Serving:
     reader: _Reader
     read_id: int
-    blocks: Indices
+    blocks: Blocks
+    prepared: Any  # the same for the copier
     chunk_blocks: int
     num_packed: int = 0  # blocks
-    next_index: int = 0
+    next_index: int = 0  # of a chunk
     is_wanted: bool = True
 
     @property
@@ -70,7 +73,7 @@ class _Serving:
 @dataclass(slots=True, eq=False)
 class _Sending:
     serving: _Serving
-    chunk: Any
+    chunk: Chunk
     since_s: float
 
 
@@ -81,7 +84,10 @@ class UcxSource:
         self._copier = copier
         self._clock = clock
         self._gate: ExportGate | None = None
+        self._ticket: Ticket | None = None  # the last one, and how it was encoded
+        self._encoded_ticket = b""
         self._chunks = ChunkPool(copier.allocate, MAX_CHUNKS_SENDING)
+        self._blank: Chunk | None = None  # for probes
         self._readers: dict[int, _Reader] = {}
         self._turns: deque[_Serving] = deque()  # what has blocks left to pack
         self._sending: set[_Sending] = set()
@@ -121,10 +127,11 @@ class UcxSource:
             return
         try:
             blocks = self._check(request)
+            prepared = self._prepare(blocks)
         except KvRelayError as error:
             self._tell(reader, ReadFailed(request.read_id, info_of(error)))
             return
-        serving = _Serving(reader, request.read_id, blocks, request.chunk_blocks)
+        serving = _Serving(reader, request.read_id, blocks, prepared, request.chunk_blocks)
         reader.servings[request.read_id] = serving
         if serving.is_packed:
             self._send_words(serving)
@@ -132,25 +139,49 @@ class UcxSource:
             self._turns.append(serving)
             self._pack_next()
 
-    def _check(self, request: ReadRequest) -> Indices:
+    def _check(self, request: ReadRequest) -> Blocks:
         """Raises TicketRejectedError, LeaseExpiredError or TransferError."""
         gate = self._gate
         if gate is None:
             raise LeaseExpiredError("no ticket of this source is open; prefill again")
-        gate.check_export(request.ticket, request.group, request.blocks)
-        check_block_range(request.blocks, self._memory.num_blocks, "the source's")
+        if len(request.blocks) % 8:
+            raise TransferError("a reader sent block numbers that this version cannot read")
+        blocks = np.frombuffer(request.blocks, np.int64).copy()
+        gate.check_export(self._decode(request.ticket), request.group, blocks.tolist())
+        check_block_range(blocks, self._memory.num_blocks, "the source's")
         if not 0 < request.chunk_blocks * self._copier.block_bytes <= self._copier.chunk_bytes:
             raise TransferError(f"chunks of {request.chunk_blocks} blocks are larger than this source's")
-        if len(request.blocks) > request.chunk_blocks * MAX_CHUNKS:
-            raise TransferError(f"{len(request.blocks)} blocks are too many for one read; ask for fewer")
-        return np.array(request.blocks, np.int64)
+        if len(blocks) > request.chunk_blocks * MAX_CHUNKS:
+            raise TransferError(f"{len(blocks)} blocks are too many for one read; ask for fewer")
+        return blocks
+
+    def _decode(self, encoded: msgspec.Raw) -> Ticket:
+        """The last ticket is kept: reads of one follow each other. Raises TransferError."""
+        if bytes(encoded) != self._encoded_ticket:
+            try:
+                self._ticket = ticket_decoder.decode(encoded)
+            except msgspec.MsgspecError as error:
+                raise TransferError("a reader sent a ticket that this version cannot read") from error
+            self._encoded_ticket = bytes(encoded)
+        assert self._ticket is not None
+        return self._ticket
+
+    def _prepare(self, blocks: Blocks) -> Any:
+        try:
+            return self._copier.prepare(blocks)
+        except (MemoryError, RuntimeError) as error:
+            raise _out_of_memory(error) from error
 
     def _take_probe(self, link_id: int, request: ProbeRequest) -> None:
         reader = self._reader(link_id, request.reader_address)
         if reader is None:
             return
-        size_bytes = min(max(request.chunk_bytes, 1), self._copier.chunk_bytes)
-        blank = self._copier.allocate_blank(size_bytes)
+        try:
+            self._blank = self._blank or self._copier.allocate_blank()
+        except (MemoryError, RuntimeError) as error:
+            self._tell(reader, ReadFailed(request.read_id, info_of(_out_of_memory(error))))
+            return
+        blank = self._blank.first(min(max(request.chunk_bytes, 1), self._copier.chunk_bytes))
         for index in range(PROBE_CHUNKS):
             self._worker.send(reader.peer, make_tag(CHUNK, request.read_id, index), blank, lambda _: None)
 
@@ -206,7 +237,7 @@ class UcxSource:
         try:
             chunk = self._chunks.take()
         except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-            self._fail(serving, TransferError(f"the source has no memory for staging chunks: {error}"))
+            self._fail(serving, _out_of_memory(error))
             return
         if chunk is not None:
             self._turns.remove(serving)
@@ -214,9 +245,9 @@ class UcxSource:
             if self._turns:
                 self._worker.post(self._pack_next)
 
-    def _pack(self, serving: _Serving, chunk: Any) -> None:
-        blocks = serving.blocks[serving.num_packed :][: serving.chunk_blocks]
+    def _pack(self, serving: _Serving, chunk: Chunk) -> None:
         index = serving.next_index
+        blocks = serving.prepared[serving.num_packed : serving.num_packed + serving.chunk_blocks]
         serving.num_packed += len(blocks)
         serving.next_index += 1
         serving.reader.num_sending += 1
@@ -233,7 +264,9 @@ class UcxSource:
             self._end_sending(sending)
             return
         tag = make_tag(CHUNK, serving.read_id, index)
-        self._worker.send(serving.reader.peer, tag, sending.chunk[:size_bytes], lambda _: self._end_sending(sending))
+        self._worker.send(
+            serving.reader.peer, tag, sending.chunk.first(size_bytes), lambda _: self._end_sending(sending)
+        )
         if serving.is_packed and index + 1 == serving.next_index:
             self._send_words(serving)
 
@@ -256,3 +289,7 @@ class UcxSource:
 
     def _tell(self, reader: _Reader, message: ReaderMessage) -> None:
         self._worker.send_message(reader.peer, TO_READER, reader.link_id, msgspec.msgpack.encode(message))
+
+
+def _out_of_memory(error: Exception) -> TransferError:
+    return TransferError(f"the source has no memory for staging chunks: {error}")
