@@ -49,6 +49,9 @@ class NoTower:
         self.hidden_size = loaded.hidden_size
         self.dtype = loaded.dtype
 
+    def warm_up(self) -> None:
+        pass
+
     def decoding_bytes(self, data: bytes) -> int:
         return 0
 
