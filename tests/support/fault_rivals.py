@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 import pytest
 from answers import Answer
 from direct_calls import NUM_TOKENS, DirectCalls, Outcome, Prefilled, next_attempt
-from fault_cluster import FaultCluster
 from fault_matrix import Cell, Stage
 from fault_scene import BUSY_S, POINTS, POLLED_WITHIN_S, Asking, Question, Scene, cell_salt, wait_for
 from fault_worker import FaultProcess
@@ -50,7 +49,7 @@ def land_after_cancel(scene: Scene, pool: ThreadPoolExecutor, question: Question
     held = scene.reader.load()
     assert held.blocks_in_use >= held.blocks_quarantined > 0
     # By the reader itself, beside the quarantined blocks: what lands later must not land in this one's.
-    rival = asyncio.run(_prefill(scene.spare_source, prompt))
+    rival = asyncio.run(_prefill(scene.spare_source, prompt, cell_salt()))
     scene.reader.disarm("stall")
     outcome = asyncio.run(_decode(scene.spare_source, scene.reader, prompt, rival))
     assert outcome.tokens == expected[:NUM_TOKENS]
@@ -63,7 +62,7 @@ def land_after_cancel(scene: Scene, pool: ThreadPoolExecutor, question: Question
 def replay_ticket(scene: Scene, pool: ThreadPoolExecutor, question: Question, cell: Cell) -> None:
     """The ticket is released, by its reader or by a call while it still reads; then another reader shows it."""
     prompt, expected = question
-    ticket = asyncio.run(_prefill(scene.source, prompt))
+    ticket = asyncio.run(_prefill(scene.source, prompt, cell_salt()))
     scene.arm(POINTS[cell.stage][:1])
     asked = pool.submit(asyncio.run, _decode(scene.source, scene.reader, prompt, ticket))
     scene.wait_stage()
@@ -90,7 +89,7 @@ def replay_ticket(scene: Scene, pool: ThreadPoolExecutor, question: Question, ce
 def fill_reader(scene: Scene, pool: ThreadPoolExecutor, question: Question, cell: Cell) -> None:
     """Before: no room, and the router offers the ticket to the other reader. Later: who comes then is refused."""
     if cell.stage is Stage.BEFORE_ACCEPT:
-        with filled(pool, scene.cluster, scene.spare_source, scene.reader):
+        with filled(pool, scene.spare_source, scene.reader, cell_salt()):
             answer = _ask(scene, pool, question, cell)
             assert answer.end.timing.decode_worker == scene.spare_reader.name
         scene.cluster.note(answer.end)
@@ -99,7 +98,7 @@ def fill_reader(scene: Scene, pool: ThreadPoolExecutor, question: Question, cell
     scene.arm(POINTS[cell.stage][:1])
     asking = Asking(pool, scene.cluster.target, prompt, len(expected), cell_salt())
     scene.wait_stage()
-    late = pool.submit(asyncio.run, _fill(scene.spare_source, scene.reader))
+    late = pool.submit(asyncio.run, _fill(scene.spare_source, scene.reader, cell_salt()))
     wait_for(lambda: scene.spare_source.load().leases, "the rival's ticket")
     scene.go_on()
     answer = _right(asking.result(cell.answer_within_s + BUSY_S), expected)
@@ -110,11 +109,12 @@ def fill_reader(scene: Scene, pool: ThreadPoolExecutor, question: Question, cell
 
 
 def fill_every_reader(scene: Scene, pool: ThreadPoolExecutor, question: Question, cell: Cell) -> None:
+    """By one prompt, whose blocks its source pins once: the other source has room for the request."""
     prompt, expected = question
-    cluster = scene.cluster
+    cluster, salt = scene.cluster, cell_salt()
     with (
-        filled(pool, cluster, scene.source, scene.reader),
-        filled(pool, cluster, scene.spare_source, scene.spare_reader),
+        filled(pool, scene.spare_source, scene.reader, salt),
+        filled(pool, scene.spare_source, scene.spare_reader, salt),
     ):
         asking = Asking(pool, cluster.target, prompt, len(expected), cell_salt())
         answer = asking.result(cell.answer_within_s + BUSY_S)
@@ -123,12 +123,10 @@ def fill_every_reader(scene: Scene, pool: ThreadPoolExecutor, question: Question
 
 
 @contextmanager
-def filled(
-    pool: ThreadPoolExecutor, cluster: FaultCluster, source: FaultProcess, reader: FaultProcess
-) -> Iterator[None]:
-    """A hand-off whose reads do not end holds most of the reader's blocks."""
+def filled(pool: ThreadPoolExecutor, source: FaultProcess, reader: FaultProcess, salt: str) -> Iterator[None]:
+    """A hand-off whose reads do not end holds most of the reader's blocks, until its wall cap."""
     reader.arm("stall")
-    asked: Future[Outcome] = pool.submit(asyncio.run, _fill(source, reader))
+    asked: Future[Outcome] = pool.submit(asyncio.run, _fill(source, reader, salt))
     wait_for(lambda: reader.load().transfers, "the rival's reads")
     try:
         yield
@@ -165,13 +163,12 @@ class Ticket:
         return replace(self, prefilled=replace(self.prefilled, attempt=attempt))
 
 
-async def _fill(source: FaultProcess, reader: FaultProcess) -> Outcome:
+async def _fill(source: FaultProcess, reader: FaultProcess, salt: str) -> Outcome:
     prompt = make_prompt(VOCAB_SIZE, FILLING_TOKENS, 1)
-    return await _decode(source, reader, prompt, await _prefill(source, prompt))
+    return await _decode(source, reader, prompt, await _prefill(source, prompt, salt))
 
 
-async def _prefill(source: FaultProcess, prompt: list[int]) -> Ticket:
-    salt = cell_salt()
+async def _prefill(source: FaultProcess, prompt: list[int], salt: str) -> Ticket:
     async with DirectCalls(source.address, source.address, salt) as calls:
         return Ticket(await calls.prefill(prompt), salt)
 
