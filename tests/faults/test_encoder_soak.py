@@ -76,7 +76,7 @@ class Soak:
             self.outcomes["answered"] += 1
         else:
             assert not isinstance(outcome, InternalError), repr(outcome)
-            self.outcomes[type(outcome).__name__] += 1
+            self.outcomes[f"{type(outcome).__name__}: {outcome.message[:100]}"] += 1
 
     async def harm(self) -> None:
         """One encoder at a time; the other one serves."""
