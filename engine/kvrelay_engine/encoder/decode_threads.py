@@ -18,9 +18,12 @@ from typing import Generic
 
 from kvrelay_core.media.video import MediaContent, count_bytes
 from kvrelay_engine.encoder.decoding import Decoding
+from kvrelay_engine.encoder.free_memory import give_back_free_memory
 from kvrelay_engine.encoder.tower import I, Processor
 
 SMALL_BYTES = 256 << 10  # of a file; nearly always a picture of few pixels
+
+LARGE_BYTES = 64 << 20  # that decoding took: worth giving back
 
 
 class DecodeThreads(Generic[I]):
@@ -158,6 +161,8 @@ class DecodeThreads(Generic[I]):
                 result = self._processor.process(data)
             except Exception as failure:
                 error = failure
+            if decoding.held_bytes >= LARGE_BYTES:
+                give_back_free_memory()
         with self._changed:
             decoding.is_running = False
             self._num_running -= 1
