@@ -5,7 +5,6 @@ It sleeps in a C queue, as long as `look_after` says, to within microseconds. Kn
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -14,10 +13,9 @@ from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from kvrelay_core.errors import TransferError
+from kvrelay_transfer.naps import allow_naps
 
 Result = TypeVar("Result")
-
-_PR_SET_TIMERSLACK = 29  # of <linux/prctl.h>
 
 
 class AgentThread:
@@ -58,7 +56,7 @@ class AgentThread:
         self._thread.join()
 
     def _run(self) -> None:
-        _sleep_exactly()
+        allow_naps()
         while True:
             try:
                 job = self._jobs.get(timeout=self._look_after())
@@ -67,8 +65,3 @@ class AgentThread:
             if job is None:
                 return
             job()
-
-
-def _sleep_exactly() -> None:
-    """This thread; else the kernel lets it sleep up to 50 us longer than it asks for."""
-    ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(1))
