@@ -28,6 +28,7 @@ WORKER_FLAGS = (
     "--dtype",
     "--threads-per-worker",
     "--prefix-wait",
+    "--digest-share",
     "--embedding-mib",
     "--max-patches",
     "--decode-threads",
@@ -127,6 +128,12 @@ def add_worker_flags(parser: argparse.ArgumentParser) -> None:
         type=flag_types.number(0.0),
         metavar="SECONDS",
         help="longest wait for KV that another worker has of a prompt; 0: never (default: as computing it would take)",
+    )
+    group.add_argument(
+        "--digest-share",
+        type=flag_types.number(0.0, 1.0),
+        metavar="X",
+        help="share of KV blocks that are checked to the byte after a hand-off, at some cost (default 0: words alone)",
     )
     _add_image_flags(group)
 

@@ -17,6 +17,7 @@ from kvrelay_core.errors import HandoffError, InternalError, KvRelayError, Worke
 from kvrelay_core.rpc.status import error_from_detail
 from kvrelay_core.rpc.wire import first_token_from_wire
 from kvrelay_engine.messages import HandoffComplete, HandoffFailed, HandoffReady, ReleaseReason
+from kvrelay_transfer.block_digest import BlockDigest
 from kvrelay_transfer.ticket import KvTicket
 from kvrelay_worker.outbox import Outbox
 from kvrelay_worker.peer_errors import RETRY_PAUSE_S, peer_errors
@@ -139,8 +140,7 @@ class HandoffFollow:
                 if not limit.expired():
                     limit.reschedule(None)
             case "ready":
-                groups = sorted(response.ready.groups, key=lambda ready: ready.group)
-                self._worker.engine.send(HandoffReady(self._request_id, tuple(ready.num_blocks for ready in groups)))
+                self._worker.engine.send(_ready(self._request_id, response.ready))
             case "complete":
                 self._worker.engine.send(_complete(self._request_id, response.complete))
             case "failed":
@@ -153,6 +153,12 @@ class _SourceFailedError(Exception):
     def __init__(self, error: KvRelayError) -> None:
         super().__init__(error.message)
         self.error = error
+
+
+def _ready(request_id: int, wire: pb.FollowReady) -> HandoffReady:
+    groups = sorted(wire.groups, key=lambda ready: ready.group)
+    digests = tuple(BlockDigest(one.group, one.block, one.digest) for one in wire.digests)
+    return HandoffReady(request_id, tuple(ready.num_blocks for ready in groups), digests)
 
 
 def _complete(request_id: int, wire: pb.FollowComplete) -> HandoffComplete:

@@ -60,6 +60,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     prefix_wait_s: float | None = None  # for another worker's KV; None: as long as computing takes; 0: never
     resume_timeout_s: float = 10.0  # how long a lost hand-off waits for Resume or Abort
     lease: LeaseTerms = LeaseTerms()
+    digest_share: float = 0.0  # of sealed blocks, that readers can check to the byte
     staging_slots: int = 8  # of the ring between this process and its service
 
     # In host memory: an encoder's cache of embeddings; a prefill worker's pool to read them into, where its model takes
@@ -146,6 +147,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise ConfigError(f"{name} must be above 0 and at most 1, not {value}", field=name)
+        if not 0 <= self.digest_share <= 1:
+            raise ConfigError(f"digest_share must be from 0 to 1, not {self.digest_share}", field="digest_share")
         for name in ("step_target_s", "patience_s", "reserve_budget_s", "resume_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0 seconds", field=name)

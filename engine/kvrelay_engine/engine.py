@@ -67,8 +67,9 @@ class Engine:
         self._cache = PrefixCache(parts.pool, parts.layout, parts.identity.model_fingerprint, sliding)
         self._branching = Branching(parts, sliding)
         self.source = HandoffSource(
-            parts.pool, parts.layout, parts.identity, parts.signer, config.lease, config.max_pinned_share,
-            parts.clock, parts.emit, staging=parts.staging, connectors=parts.connectors.values(), sliding=sliding,
+            parts.pool, parts.layout, parts.identity, parts.signer, config.lease, config.max_pinned_share, parts.clock,
+            parts.emit, staging=parts.staging, digester=parts.digester, connectors=parts.connectors.values(),
+            sliding=sliding,
         )  # fmt: skip
         self.scheduler = Scheduler(
             config, parts.pool, parts.layout, self._cache, self._throughput, parts.clock, self.source.can_accept,
@@ -348,9 +349,8 @@ class Engine:
             self._fail(request, broken.error)
             return
         self._lost[request.id] = self._clock.now() + self._config.resume_timeout_s
-        self._emit(
-            messages.HandoffLost(request.id, broken.verified_blocks, broken.verified_tokens, info_of(broken.error))
-        )
+        error = info_of(broken.error)
+        self._emit(messages.HandoffLost(request.id, broken.verified_blocks, broken.verified_tokens, error))
 
     # -------------------------------------------------------------------------------------------- ends
 

@@ -53,6 +53,8 @@ class EngineLoad:
             prefix_blocks_pulled=self._remote_kv.pulls.num_pulled_blocks,
             failed_reads=sum(group.peers.failed_reads for group in self._remote_kv.reader.groups),
             fallbacks=sum(group.peers.fallbacks for group in self._remote_kv.reader.groups),
+            digests_checked=sum(group.num_digests_checked for group in self._remote_kv.reader.groups),
+            digests_wrong=sum(group.num_digests_wrong for group in self._remote_kv.reader.groups),
             links=self._remote_kv.reader.peers.load() + self._remote_kv.media.links(),
             connectors=self._remote_kv.reader.peers.records.totals(),
             expired_leases=self._source.num_expired,

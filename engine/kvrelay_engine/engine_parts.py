@@ -12,6 +12,7 @@ from kvrelay_engine.engine_media import EngineMedia
 from kvrelay_engine.kv_group import KvGroup, SlotWriter
 from kvrelay_engine.messages import Event
 from kvrelay_engine.runner import Runner
+from kvrelay_transfer.block_digest import BlockDigester
 from kvrelay_transfer.connectors.base import Connector
 from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.ticket import TicketSigner
@@ -21,7 +22,7 @@ from kvrelay_transfer.ticket import TicketSigner
 class EngineParts:
     """What an engine is built from; `synchronize` returns when all work launched on the device is complete.
 
-    `pool`, `layout`, `connectors` and `staging` are those of the full group.
+    `pool`, `layout`, `connectors`, `staging` and `digester` are those of the full group.
     """
 
     runner: Runner
@@ -34,6 +35,7 @@ class EngineParts:
     clock: Clock
     emit: Callable[[Event], None]
     staging: SlotWriter | None = None
+    digester: BlockDigester | None = None
     sliding: KvGroup | None = None  # of the layers that see the last tokens only, where there are both kinds
     device: str = "cpu"  # the kind that the pool is on
     media: EngineMedia = field(default_factory=EngineMedia)

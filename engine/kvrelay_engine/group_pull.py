@@ -60,6 +60,7 @@ class GroupPull:
     pulled_bytes: int = 0
     reads: list[PostedRead] = field(default_factory=list)
     connector: str = ""
+    digests: dict[int, bytes] = field(default_factory=dict)  # of the source's blocks, those that it told of
     _verified_ahead: dict[int, int] = field(default_factory=dict)  # first block -> end, behind a gap
     _remote: Blocks = field(init=False)  # the ticket's, as arrays
     _words: WordArray = field(init=False)
@@ -139,14 +140,17 @@ class GroupPull:
         size_bytes = self.plan.size_bytes(pairs)
         return PostedRead(first, end, wanted, words, size_bytes, read(wanted), peer_id, connector)
 
-    def verify(self, read: PostedRead) -> list[tuple[int, bytes]]:
-        """Compares the words that followed the data with the ticket's (PROTOCOL A6): all or nothing. Returns blocks of
-        ours that are whole by it, with their keys."""
+    def check_words(self, read: PostedRead) -> None:
+        """Compares the words that followed the data with the ticket's (PROTOCOL A6): all or nothing. Raises
+        StaleTicketError."""
         if not agree(read.transfer.words, read.expected_words):
             raise StaleTicketError(
                 "blocks of the ticket were reused before they were read; nothing of that read is used",
                 ticket_id=self.ticket.ticket_id,
             )
+
+    def accept(self, read: PostedRead) -> list[tuple[int, bytes]]:
+        """The read was checked. Returns blocks of ours that are whole by it, with their keys."""
         before = max(self.num_usable, self.plan.local_whole)
         self.pulled_bytes += read.size_bytes
         self._verified_ahead[read.first] = read.end

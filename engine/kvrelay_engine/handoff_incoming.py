@@ -16,6 +16,7 @@ from kvrelay_engine.block_pool import NULL_BLOCK
 from kvrelay_engine.group_pull import GroupPull, PostedRead
 from kvrelay_engine.messages import HandoffComplete
 from kvrelay_engine.sequence import Sequence
+from kvrelay_transfer.block_digest import BlockDigest
 from kvrelay_transfer.layout import KvLayout, check_groups
 from kvrelay_transfer.ticket import KvTicket
 
@@ -110,12 +111,15 @@ class Incoming:
 
     # ------------------------------------------------------------------------- what the source announces
 
-    def announce(self, num_blocks: tuple[int, ...]) -> None:
+    def announce(self, num_blocks: tuple[int, ...], digests: tuple[BlockDigest, ...] = ()) -> None:
         """Ready, of each group."""
         if len(num_blocks) != len(self.pulls):
             raise MismatchError(f"the source announced {num_blocks}, the ticket has {len(self.pulls)} groups")
         for pull, count in zip(self.pulls, num_blocks, strict=True):
             pull.announce(count)
+        for digest in digests:
+            if digest.group < len(self.pulls):  # else it is of no block that we read
+                self.pulls[digest.group].digests[digest.block] = digest.digest
 
     def complete(self, message: HandoffComplete) -> None:
         """Complete: the rest is ready too. The partial blocks have to be those that were signed."""

@@ -155,6 +155,12 @@ class PeerLinks:
         if self._health.note_failure(peer_id, connector):
             self._leave(peer_id, connector)
 
+    def distrust(self, peer_id: str, connector: str) -> None:
+        """What came over the connector is not what was sent: it is left at once, where there is another."""
+        self.failed_reads += 1
+        self._health.rest(peer_id, connector)
+        self._leave(peer_id, connector)
+
     @property
     def is_probing(self) -> bool:
         return any(not active.is_announced for active in self._links.values())

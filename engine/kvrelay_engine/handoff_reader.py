@@ -52,6 +52,7 @@ from kvrelay_engine.messages import (
 from kvrelay_engine.pull_plan import PullPlan
 from kvrelay_engine.reader_group import ReaderGroup
 from kvrelay_engine.sequence import Sequence
+from kvrelay_transfer.block_digest import BlockDigester
 from kvrelay_transfer.connectors.base import Connector, Transfer, TransferState
 from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.ticket import KvTicket
@@ -103,6 +104,7 @@ class HandoffReader:
         limits: ReaderLimits | None = None,
         device: str = "cpu",
         sliding: KvGroup | None = None,
+        digester: BlockDigester | None = None,
     ) -> None:
         """`connectors` in order of preference. `reserve(sequence, n)` takes n blocks from the pool, which is on this
         kind of `device`, or none; what is needed of the `sliding` group is then there as well."""
@@ -111,7 +113,7 @@ class HandoffReader:
         self._emit = emit
         self._reserve = reserve
         self._limits = limits or ReaderLimits()
-        full = KvGroup(index=FULL_GROUP, pool=pool, layout=layout, connectors=connectors)
+        full = KvGroup(index=FULL_GROUP, pool=pool, layout=layout, connectors=connectors, digester=digester)
         parts = (full,) if sliding is None else (full, sliding)
         links = [PeerLinks(part.layout, part.connectors, clock, emit, device=device) for part in parts]
         self.groups = tuple(map(ReaderGroup, parts, links, repeat(self._limits)))
@@ -222,8 +224,8 @@ class HandoffReader:
     def _hear(self, incoming: Incoming, command: HandoffReady | HandoffComplete | HandoffFailed) -> None:
         try:
             match command:
-                case HandoffReady(_, num_blocks):
-                    incoming.announce(num_blocks)
+                case HandoffReady(_, num_blocks, digests):
+                    incoming.announce(num_blocks, digests)
                 case HandoffComplete():
                     incoming.complete(command)
                 case HandoffFailed(_, error):
@@ -279,7 +281,7 @@ class HandoffReader:
             self._try_again(incoming, group, pull, read, error)
             return
         try:
-            whole = pull.verify(read)
+            whole = group.verify(pull, read)
         except StaleTicketError:
             self.stale_reads += 1
             group.peers.records.note_stale(read.peer_id, read.connector)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Collection, Set
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
@@ -55,6 +55,7 @@ from kvrelay_engine.prefix_exports import PrefixExports
 from kvrelay_engine.prefix_messages import LookupPrefix, PrefixTicket
 from kvrelay_engine.sequence import Sequence
 from kvrelay_engine.sliding_blocks import SlidingBlocks
+from kvrelay_transfer.block_digest import BlockDigest, BlockDigester
 from kvrelay_transfer.connectors.base import Connector, ExportGate
 from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.lease import Lease, LeaseEnd, LeaseTable
@@ -73,6 +74,8 @@ class _Handoff:
     ticket: KvTicket
     num_sealed: int  # full blocks, from the first token on
     first_tokens: tuple[FirstToken, ...] | None = None  # None until complete
+    num_digested: tuple[int, ...] = ()  # of each group's blocks, those that were digested or passed over
+    digests: list[BlockDigest] = field(default_factory=list)
 
     @property
     def num_full_blocks(self) -> int:
@@ -116,9 +119,11 @@ class HandoffSource:
         staging: SlotWriter | None = None,
         connectors: Collection[Connector] = (),
         sliding: SlidingBlocks | None = None,
+        digester: BlockDigester | None = None,
     ) -> None:
         """`terms.wall_cap_s` is the least wall cap; long tickets get more. Without `staging` exports fail.
 
+        `digester` digests a share of the full blocks, so that readers can tell whether they got them.
         `connectors` serve while there are tickets. The ticket names what `sliding` keeps, too.
         """
         self._pool = pool
@@ -128,7 +133,7 @@ class HandoffSource:
         self._terms = terms
         self._emit = emit
         self._sliding = sliding
-        self._groups = [KvGroup(index=FULL_GROUP, pool=pool, layout=layout, staging=staging)]
+        self._groups = [KvGroup(index=FULL_GROUP, pool=pool, layout=layout, staging=staging, digester=digester)]
         self._gates: list[tuple[Connector, ExportGate]] = [(connector, self) for connector in connectors]
         if sliding is not None:
             self._groups.append(sliding.group)
@@ -192,6 +197,7 @@ class HandoffSource:
         num_cached = min(sequence.num_computed, num_tokens) // self._layout.block_tokens
         handoff = _Handoff(sequence.request.id, sequence, ticket, num_cached)
         self._pool.pin(blocks)
+        self._digest(handoff)
         self._by_ticket[ticket.ticket_id] = handoff
         self._by_request[handoff.request_id] = handoff
         self._leases.grant(ticket.ticket_id, blocks, ticket.lease)
@@ -206,6 +212,7 @@ class HandoffSource:
         num_sealed = min(num_blocks, handoff.num_full_blocks)
         if num_sealed > handoff.num_sealed:
             handoff.num_sealed = num_sealed
+            self._digest(handoff)
             self._tell(handoff, self._ready)
 
     def finished(self, sequence: Sequence, first_tokens: tuple[FirstToken, ...]) -> None:
@@ -214,6 +221,8 @@ class HandoffSource:
         if handoff is None:
             return
         handoff.num_sealed = handoff.num_full_blocks
+        if self._digest(handoff):
+            self._tell(handoff, self._ready)
         handoff.first_tokens = first_tokens
         self._leases.complete(handoff.ticket.ticket_id)
         self._tell(handoff, self._complete)
@@ -325,6 +334,17 @@ class HandoffSource:
             for connector, gate in self._gates:
                 connector.serve(gate if is_wanted else None)
 
+    def _digest(self, handoff: _Handoff) -> bool:
+        """Digests a share of the blocks that were sealed since the last time; whether there were any such."""
+        before, num_ready = handoff.num_digested or (0,) * len(self._groups), handoff.num_ready
+        handoff.num_digested = num_ready
+        num_digests = len(handoff.digests)
+        for group, done, ready, named in zip(self._groups, before, num_ready, handoff.ticket.groups, strict=True):
+            for block in named.blocks[done:ready]:
+                if group.digester is not None and group.digester.picks():
+                    handoff.digests.append(BlockDigest(group.index, block, group.digester.digest(block)))
+        return len(handoff.digests) > num_digests
+
     def _terms_for(self, num_blocks: int) -> LeaseTerms:
         block_bytes = sum(group.layout.block_bytes for group in self._groups)
         pull_s = num_blocks * block_bytes / SLOWEST_PULL_BYTES_PER_S
@@ -336,7 +356,7 @@ class HandoffSource:
             self._emit(message(handoff, lease.follow))
 
     def _ready(self, handoff: _Handoff, follow: int) -> Event:
-        return FollowReady(follow, handoff.num_ready)
+        return FollowReady(follow, handoff.num_ready, tuple(handoff.digests))
 
     def _complete(self, handoff: _Handoff, follow: int) -> Event:
         assert handoff.first_tokens is not None

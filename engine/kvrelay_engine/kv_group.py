@@ -12,6 +12,7 @@ from typing import Protocol
 
 from kvrelay_core.errors import TransferError
 from kvrelay_engine.block_pool import BlockPool
+from kvrelay_transfer.block_digest import BlockDigester
 from kvrelay_transfer.connectors.base import Connector, ExportGate
 from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.ticket import Ticket
@@ -35,6 +36,7 @@ class KvGroup:
     layout: KvLayout
     connectors: Mapping[str, Connector] = field(default_factory=dict)
     staging: SlotWriter | None = None
+    digester: BlockDigester | None = None
 
 
 class GroupGate:

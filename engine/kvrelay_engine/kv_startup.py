@@ -23,6 +23,7 @@ from kvrelay_engine.loader import LoadedModel
 from kvrelay_engine.messages import Event
 from kvrelay_engine.sizing import MemoryShare, total_bytes
 from kvrelay_engine.sliding_blocks import most_in_ticket, most_while_computing, most_while_decoding
+from kvrelay_transfer.block_digest import BlockDigester
 from kvrelay_transfer.connectors.base import Connector
 from kvrelay_transfer.connectors.registry import create_connectors
 from kvrelay_transfer.layout import ELEMENT_BYTES, KvLayout
@@ -74,6 +75,7 @@ def build_kv(
                 layout=layouts[index],
                 connectors=_connect(config, index, memory, staging, clock, emit, stack),
                 staging=staging,
+                digester=BlockDigester(memory, config.digest_share),
             )
         )
     return StartedKv(tuple(memories), tuple(groups), slots)

@@ -48,8 +48,8 @@ class LinkHealth:
         return True
 
     def rest(self, peer_id: str, connector: str) -> None:
-        """Leaves a connector that has failed before, longer than the last time."""
-        record = self._records[peer_id, connector]
+        """Leaves a connector; one that has failed before, longer than the last time."""
+        record = self._records.setdefault((peer_id, connector), _Record())
         record.num_failures = 0
         record.rests_until_s = self._clock.now() + record.rest_s
         record.rest_s = min(LONGEST_REST_S, 2 * record.rest_s)

@@ -65,5 +65,7 @@ class Load(Struct, frozen=True, kw_only=True):
     prefix_blocks_pulled: int = 0
     failed_reads: int = 0
     fallbacks: int = 0
+    digests_checked: int = 0  # of blocks that were read
+    digests_wrong: int = 0
     links: tuple[LinkLoad, ...] = ()
     connectors: tuple[ConnectorLoad, ...] = ()

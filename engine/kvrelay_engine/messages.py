@@ -34,6 +34,7 @@ from kvrelay_engine.message_kinds import Event as Event
 from kvrelay_engine.prefix_messages import LookupPrefix, PrefixFound, PrefixPulled, PrefixTicket, PrefixWanted
 from kvrelay_engine.start_messages import Started as Started
 from kvrelay_engine.start_messages import StartFailed as StartFailed
+from kvrelay_transfer.block_digest import BlockDigest
 from kvrelay_transfer.connectors.base import PeerInfo
 from kvrelay_transfer.ticket import EmbeddingTicket, GroupBlocks, KvTicket, LeaseTerms, Ticket
 
@@ -85,10 +86,11 @@ class Resume(Command, frozen=True):
 
 
 class HandoffReady(Command, frozen=True):
-    """The source sealed this many blocks (cumulative), one number per KV group."""
+    """The source sealed this many blocks (cumulative), one number per KV group, and digested some of them."""
 
     id: int
     num_blocks: tuple[int, ...]
+    digests: tuple[BlockDigest, ...] = ()
 
 
 class HandoffComplete(Command, frozen=True):
@@ -281,8 +283,11 @@ class FollowAttached(Event, frozen=True):
 
 
 class FollowReady(Event, frozen=True):
+    """As HandoffReady; `digests` are all so far."""
+
     follow: int
     num_blocks: tuple[int, ...]
+    digests: tuple[BlockDigest, ...] = ()
 
 
 class FollowComplete(Event, frozen=True):

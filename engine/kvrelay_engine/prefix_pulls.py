@@ -276,7 +276,7 @@ class PrefixPulls:
 
     def _take_in(self, pull: _Pull, group: ReaderGroup, part: GroupPull, read: PostedRead) -> None:
         try:
-            whole = part.verify(read)
+            whole = group.verify(part, read)
         except StaleTicketError:
             group.peers.records.note_stale(read.peer_id, read.connector)
             raise

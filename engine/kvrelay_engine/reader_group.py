@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
-from kvrelay_core.errors import InternalError, KvRelayError, MismatchError
+from kvrelay_core.errors import InternalError, KvRelayError, MismatchError, TransferError
 from kvrelay_engine.group_pull import GroupPull, PostedRead
 from kvrelay_engine.handoff_peers import ActiveLink, PeerLinks
 from kvrelay_engine.kv_group import KvGroup
 from kvrelay_engine.read_room import ReadRoom
+from kvrelay_transfer.block_digest import BlockDigester
 from kvrelay_transfer.connectors.base import PeerInfo
 from kvrelay_transfer.connectors.grpc import GrpcConnector
 from kvrelay_transfer.quarantine import Quarantine
@@ -37,6 +38,9 @@ class ReaderGroup:
         self.index = group.index
         self.pool = group.pool
         self.layout = group.layout
+        self._digester = group.digester
+        self.num_digests_checked = 0
+        self.num_digests_wrong = 0
         self.peers = peers
         max_quarantined = int(limits.max_quarantined_share * group.pool.num_blocks)
         self.quarantine = Quarantine(max_quarantined)
@@ -61,6 +65,31 @@ class ReaderGroup:
         """By the probe of the link that the read goes by; inf where there was none."""
         speed = self.peers.records.find(read.peer_id, read.connector).speed
         return size_bytes / (1e9 * speed.gb_per_s) if speed is not None and speed.gb_per_s else math.inf
+
+    def verify(self, pull: GroupPull, read: PostedRead) -> list[tuple[int, bytes]]:
+        """Blocks of ours that are whole by a read that is done, with their keys.
+
+        Raises StaleTicketError where one was reused meanwhile, TransferError where one is not what was sealed.
+        """
+        pull.check_words(read)
+        if pull.digests and self._digester is not None and read.read.slices is None:
+            self._check_digests(pull, read, self._digester)
+        return pull.accept(read)
+
+    def _check_digests(self, pull: GroupPull, read: PostedRead, digester: BlockDigester) -> None:
+        for remote, local in zip(read.read.remote_blocks, read.read.local_blocks, strict=True):
+            expected = pull.digests.get(remote)
+            if expected is None:
+                continue
+            self.num_digests_checked += 1
+            if digester.digest(local) != expected:
+                self.num_digests_wrong += 1
+                self.peers.distrust(read.peer_id, read.connector)
+                raise TransferError(
+                    f"block {remote} of {read.peer_id} is not what was sealed there, after a read by {read.connector}; "
+                    "nothing of that read is used. Look for faults of memory, of the link and of its library",
+                    peer_id=read.peer_id,
+                )
 
     def drop(self, pull: GroupPull, kept: int) -> None:
         """Frees the blocks after the first `kept`, except those that a read may still write to."""

@@ -58,7 +58,7 @@ class RemoteKv:
         self.reader = HandoffReader(
             parts.pool, parts.layout, parts.connectors, parts.clock, parts.emit, scheduler.reserve_remote,
             model_fingerprint=fingerprint, limits=ReaderLimits(reserve_budget_s=config.reserve_budget_s),
-            device=parts.device, sliding=parts.sliding,
+            device=parts.device, sliding=parts.sliding, digester=parts.digester,
         )  # fmt: skip
         sliding_pulls = None
         if sliding is not None:

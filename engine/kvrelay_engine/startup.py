@@ -68,6 +68,7 @@ def build_engine(config: EngineConfig, clock: Clock, emit: Callable[[Event], Non
         clock=clock,
         emit=emit,
         staging=full.staging,
+        digester=full.digester,
         sliding=kv.sliding,
         device=kv.memories[0].device,
         media=media,

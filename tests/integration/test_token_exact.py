@@ -59,6 +59,7 @@ async def test_answers_equal_transformers(
         async with cluster.client() as client:
             await check_one_by_one(client, expected, connector)
             await check_mixed_batch(client, expected)
+        assert cluster.load_of("decode").digests_checked > 0, "nobody looked at every byte"
         cluster.assert_no_leaks()
 
 

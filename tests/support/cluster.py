@@ -34,11 +34,11 @@ START_DEADLINE_S = 90.0
 STOP_DEADLINE_S = 30.0
 # From the last cancel to the last free block, by the acceptance criteria.
 LEAK_DEADLINE_S = 2.0
-# Of a load: what an idle worker does not hold.
+# Of a load: what an idle worker does not hold, and what there never is.
 HELD = (
     "requests_waiting", "requests_waiting_remote_kv", "requests_running", "tokens_queued", "blocks_in_use",
     "blocks_pinned", "blocks_quarantined", "sliding_blocks", "embedding_blocks", "leases", "transfers", "streams",
-    "tasks",
+    "tasks", "digests_wrong",
 )  # fmt: skip
 
 
@@ -62,7 +62,7 @@ class Cluster:
         words = ["--model", str(model_dir)]
         for role, count in self.num_workers.items():
             words += [f"--{role}", str(count)]
-        for name, value in {"threads_per_worker": 1, "kv_blocks": 256, **flags}.items():
+        for name, value in {"threads_per_worker": 1, "kv_blocks": 256, "digest_share": 1, **flags}.items():
             words += [f"--{name.replace('_', '-')}", str(value)]
         self._command = [sys.executable, "-m", "kvrelay_cli", "up", *words]
         self._process: subprocess.Popen[bytes] | None = None

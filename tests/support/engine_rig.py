@@ -286,8 +286,8 @@ class EnginePair:
             case messages.PrefillFinished(request_id, first_tokens):
                 for first in first_tokens:
                     self._commit(request_id, first.choice, first.position, first.token_id)
-            case messages.FollowReady(follow, num_blocks):
-                self.reader.engine.handle(messages.HandoffReady(follow, num_blocks))
+            case messages.FollowReady(follow, num_blocks, digests):
+                self.reader.engine.handle(messages.HandoffReady(follow, num_blocks, digests))
             case messages.FollowComplete(follow, first_tokens, partial):
                 self.reader.engine.handle(messages.HandoffComplete(follow, first_tokens, partial))
             case messages.FollowFailed(follow, error):

@@ -62,7 +62,7 @@ class FaultCluster:
         """
         self._kind = kind
         self._model = ["--model", str(model_dir)]
-        self._flags = ["--threads-per-worker", "1"]
+        self._flags = ["--threads-per-worker", "1", "--digest-share", "1"]
         for name, value in flags.items():
             self._flags += [f"--{name.replace('_', '-')}", str(value)]
         self._environment = dict(environment or {})

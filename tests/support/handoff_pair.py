@@ -26,6 +26,7 @@ from kvrelay_engine.messages import (
     ReleaseReason,
 )
 from kvrelay_engine.sequence import Sequence
+from kvrelay_transfer.block_digest import BlockDigester
 from kvrelay_transfer.connectors.base import Connector
 from kvrelay_transfer.connectors.memory import MemoryConnector, MemoryFabric, MemoryTransfer
 from kvrelay_transfer.layout import KvLayout
@@ -47,11 +48,12 @@ class HandoffPair:
         layout: KvLayout = LAYOUT,
         source_layout: KvLayout = LAYOUT,
         source_blocks: int = 32,
+        digest_share: float = 0.0,
     ) -> None:
         self.layout = layout
         self.clock = ManualClock()
         self.fabric = MemoryFabric()
-        self.side = SourceSide(self.clock, source_blocks, layout=source_layout)
+        self.side = SourceSide(self.clock, source_blocks, layout=source_layout, digest_share=digest_share)
         self.source_connector = MemoryConnector(self.fabric, self.side.memory, self.clock)
         self.memory = make_memory(num_blocks, layout)
         self.pool = BlockPool(num_blocks, self.memory.words)
@@ -66,6 +68,7 @@ class HandoffPair:
             self.reserve,
             model_fingerprint=MODEL,
             limits=limits,
+            digester=BlockDigester(self.memory),
         )
         if is_connected:
             self.connect()
@@ -116,8 +119,8 @@ class HandoffPair:
         """What the source emitted for the Follow reaches the reader."""
         for event in self.side.take_events():
             match event:
-                case FollowReady(_, num_blocks):
-                    self.reader.handle(HandoffReady(request_id, num_blocks))
+                case FollowReady(_, num_blocks, digests):
+                    self.reader.handle(HandoffReady(request_id, num_blocks, digests))
                 case FollowComplete(_, first_tokens, partial):
                     self.reader.handle(HandoffComplete(request_id, first_tokens, partial))
                 case FollowFailed(_, error):

@@ -16,6 +16,7 @@ from kvrelay_engine.engine_identity import EngineIdentity
 from kvrelay_engine.handoff_source import HandoffSource
 from kvrelay_engine.messages import Event
 from kvrelay_engine.sequence import EngineRequest, HashChain, Sequence
+from kvrelay_transfer.block_digest import BlockDigester
 from kvrelay_transfer.connectors.base import ConnectorOffer, PeerInfo
 from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.pool_memory import PoolMemory
@@ -81,6 +82,7 @@ class SourceSide:
         max_pinned_share: float = 0.8,
         num_slots: int = 4,
         device: str = "cpu",
+        digest_share: float = 0.0,
     ) -> None:
         self.layout = layout
         self.memory = make_memory(num_blocks, layout, device)
@@ -100,6 +102,7 @@ class SourceSide:
             clock,
             self.events.append,
             staging=self.staging,
+            digester=BlockDigester(self.memory, digest_share),
         )
 
     def take_events(self) -> list[Event]:

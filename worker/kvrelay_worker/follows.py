@@ -138,7 +138,8 @@ class FollowBook:
 
     def _on_ready(self, event: messages.FollowReady) -> None:
         groups = [pb.GroupReady(group=group, num_blocks=count) for group, count in enumerate(event.num_blocks)]
-        self._put(event.follow, ready=pb.FollowReady(groups=groups))
+        digests = [pb.BlockDigest(group=one.group, block=one.block, digest=one.digest) for one in event.digests]
+        self._put(event.follow, ready=pb.FollowReady(groups=groups, digests=digests))
 
     def _on_complete(self, event: messages.FollowComplete) -> None:
         complete = pb.FollowComplete(

@@ -229,6 +229,8 @@ def load_to_wire(load: Load, *, streams: int, tasks: int, draining: bool) -> wor
         prefix_blocks_pulled=load.prefix_blocks_pulled,
         failed_reads=load.failed_reads,
         fallbacks=load.fallbacks,
+        digests_checked=load.digests_checked,
+        digests_wrong=load.digests_wrong,
         links=map(link_to_wire, load.links),
         connectors=map(connector_to_wire, load.connectors),
         tasks=tasks,

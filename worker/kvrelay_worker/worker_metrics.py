@@ -46,6 +46,8 @@ COUNTERS = (
     Reading("kvrelay.kv.prefix_blocks_pulled", "{block}", lambda load: load.prefix_blocks_pulled),
     Reading("kvrelay.kv.failed_reads", "{read}", lambda load: load.failed_reads),
     Reading("kvrelay.kv.fallbacks", "{fallback}", lambda load: load.fallbacks),
+    Reading("kvrelay.kv.digests_checked", "{block}", lambda load: load.digests_checked),
+    Reading("kvrelay.kv.digests_wrong", "{block}", lambda load: load.digests_wrong),
 )
 
 

@@ -169,6 +169,7 @@ def _engine_config(args: argparse.Namespace) -> EngineConfig:
         "max_num_seqs": args.max_num_seqs,
         "max_batched_tokens": args.max_batched_tokens,
         "prefix_wait_s": args.prefix_wait,
+        "digest_share": args.digest_share,
         "embedding_bytes": None if args.embedding_mib is None else args.embedding_mib << 20,
         "max_patches": args.max_patches,
         "decode_threads": args.decode_threads,

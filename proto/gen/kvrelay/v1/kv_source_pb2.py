@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from kvrelay.v1 import common_pb2 as kvrelay_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1akvrelay/v1/kv_source.proto\x12\nkvrelay.v1\x1a\x17kvrelay/v1/common.proto\"0\n\x0e\x43onnectorOffer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\x0c\"]\n\tPoolOffer\x12$\n\x06layout\x18\x01 \x01(\x0b\x32\x14.kvrelay.v1.KvLayout\x12*\n\x06offers\x18\x02 \x03(\x0b\x32\x1a.kvrelay.v1.ConnectorOffer\"\xc2\x01\n\x0e\x43onnectRequest\x12%\n\x06reader\x18\x01 \x01(\x0b\x32\x15.kvrelay.v1.WorkerRef\x12*\n\x06offers\x18\x02 \x03(\x0b\x32\x1a.kvrelay.v1.ConnectorOffer\x12%\n\x07layouts\x18\x03 \x03(\x0b\x32\x14.kvrelay.v1.KvLayout\x12\x36\n\x11\x65mbedding_layouts\x18\x04 \x03(\x0b\x32\x1b.kvrelay.v1.EmbeddingLayout\"\x9f\x02\n\x0f\x43onnectResponse\x12%\n\x06source\x18\x01 \x01(\x0b\x32\x15.kvrelay.v1.WorkerRef\x12\x14\n\x0c\x65ngine_epoch\x18\x02 \x01(\x0c\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\x0c\x12*\n\x06offers\x18\x04 \x03(\x0b\x32\x1a.kvrelay.v1.ConnectorOffer\x12%\n\x07layouts\x18\x05 \x03(\x0b\x32\x14.kvrelay.v1.KvLayout\x12\x36\n\x11\x65mbedding_layouts\x18\x06 \x03(\x0b\x32\x1b.kvrelay.v1.EmbeddingLayout\x12)\n\nmore_pools\x18\x07 \x03(\x0b\x32\x15.kvrelay.v1.PoolOffer\"Y\n\nFollowOpen\x12$\n\x06ticket\x18\x01 \x01(\x0b\x32\x14.kvrelay.v1.KvTicket\x12%\n\x06reader\x18\x02 \x01(\x0b\x32\x15.kvrelay.v1.WorkerRef\"$\n\x0b\x46ollowAlive\x12\x15\n\rpulled_blocks\x18\x01 \x01(\r\":\n\rFollowRelease\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.kvrelay.v1.ReleaseReason\"\x9a\x01\n\rFollowRequest\x12&\n\x04open\x18\x01 \x01(\x0b\x32\x16.kvrelay.v1.FollowOpenH\x00\x12(\n\x05\x61live\x18\x02 \x01(\x0b\x32\x17.kvrelay.v1.FollowAliveH\x00\x12,\n\x07release\x18\x03 \x01(\x0b\x32\x19.kvrelay.v1.FollowReleaseH\x00\x42\t\n\x07message\"M\n\x0e\x46ollowAttached\x12\x14\n\x0c\x65ngine_epoch\x18\x01 \x01(\x0c\x12%\n\x05lease\x18\x02 \x01(\x0b\x32\x16.kvrelay.v1.LeaseTerms\"/\n\nGroupReady\x12\r\n\x05group\x18\x01 \x01(\r\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\"5\n\x0b\x46ollowReady\x12&\n\x06groups\x18\x01 \x03(\x0b\x32\x16.kvrelay.v1.GroupReady\"h\n\x0e\x46ollowComplete\x12,\n\x0c\x66irst_tokens\x18\x01 \x03(\x0b\x32\x16.kvrelay.v1.FirstToken\x12(\n\x07partial\x18\x02 \x03(\x0b\x32\x17.kvrelay.v1.GroupBlocks\"\xd0\x01\n\x0e\x46ollowResponse\x12.\n\x08\x61ttached\x18\x01 \x01(\x0b\x32\x1a.kvrelay.v1.FollowAttachedH\x00\x12(\n\x05ready\x18\x02 \x01(\x0b\x32\x17.kvrelay.v1.FollowReadyH\x00\x12.\n\x08\x63omplete\x18\x03 \x01(\x0b\x32\x1a.kvrelay.v1.FollowCompleteH\x00\x12)\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x17.kvrelay.v1.ErrorDetailH\x00\x42\t\n\x07message\"\x8a\x01\n\x0c\x46\x65tchRequest\x12$\n\x06ticket\x18\x01 \x01(\x0b\x32\x14.kvrelay.v1.KvTicket\x12\r\n\x05group\x18\x02 \x01(\r\x12\x0e\n\x06\x62locks\x18\x03 \x03(\r\x12\x35\n\x10\x65mbedding_ticket\x18\x04 \x01(\x0b\x32\x1b.kvrelay.v1.EmbeddingTicket\":\n\rFetchResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\r\n\x05words\x18\x02 \x03(\x06\x12\x0c\n\x04last\x18\x03 \x01(\x08\"\x98\x01\n\x0eReleaseRequest\x12$\n\x06ticket\x18\x01 \x01(\x0b\x32\x14.kvrelay.v1.KvTicket\x12)\n\x06reason\x18\x02 \x01(\x0e\x32\x19.kvrelay.v1.ReleaseReason\x12\x35\n\x10\x65mbedding_ticket\x18\x03 \x01(\x0b\x32\x1b.kvrelay.v1.EmbeddingTicket\"#\n\x0fReleaseResponse\x12\x10\n\x08released\x18\x01 \x01(\x08\"\x8e\x01\n\rLookupRequest\x12%\n\x06reader\x18\x01 \x01(\x0b\x32\x15.kvrelay.v1.WorkerRef\x12&\n\x07\x61ttempt\x18\x02 \x01(\x0b\x32\x15.kvrelay.v1.AttemptId\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\x0c\x12\x13\n\x0bunit_hashes\x18\x04 \x01(\x0c\"6\n\x0eLookupResponse\x12$\n\x06ticket\x18\x01 \x01(\x0b\x32\x14.kvrelay.v1.KvTicket*\x9f\x01\n\rReleaseReason\x12\x1e\n\x1aRELEASE_REASON_UNSPECIFIED\x10\x00\x12\x19\n\x15RELEASE_REASON_PULLED\x10\x01\x12\x1c\n\x18RELEASE_REASON_CANCELLED\x10\x02\x12\x19\n\x15RELEASE_REASON_FAILED\x10\x03\x12\x1a\n\x16RELEASE_REASON_REFUSED\x10\x04\x32\xdf\x02\n\x0fKvSourceService\x12\x42\n\x07\x43onnect\x12\x1a.kvrelay.v1.ConnectRequest\x1a\x1b.kvrelay.v1.ConnectResponse\x12\x43\n\x06\x46ollow\x12\x19.kvrelay.v1.FollowRequest\x1a\x1a.kvrelay.v1.FollowResponse(\x01\x30\x01\x12>\n\x05\x46\x65tch\x12\x18.kvrelay.v1.FetchRequest\x1a\x19.kvrelay.v1.FetchResponse0\x01\x12\x42\n\x07Release\x12\x1a.kvrelay.v1.ReleaseRequest\x1a\x1b.kvrelay.v1.ReleaseResponse\x12?\n\x06Lookup\x12\x19.kvrelay.v1.LookupRequest\x1a\x1a.kvrelay.v1.LookupResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1akvrelay/v1/kv_source.proto\x12\nkvrelay.v1\x1a\x17kvrelay/v1/common.proto\"0\n\x0e\x43onnectorOffer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\x0c\"]\n\tPoolOffer\x12$\n\x06layout\x18\x01 \x01(\x0b\x32\x14.kvrelay.v1.KvLayout\x12*\n\x06offers\x18\x02 \x03(\x0b\x32\x1a.kvrelay.v1.ConnectorOffer\"\xc2\x01\n\x0e\x43onnectRequest\x12%\n\x06reader\x18\x01 \x01(\x0b\x32\x15.kvrelay.v1.WorkerRef\x12*\n\x06offers\x18\x02 \x03(\x0b\x32\x1a.kvrelay.v1.ConnectorOffer\x12%\n\x07layouts\x18\x03 \x03(\x0b\x32\x14.kvrelay.v1.KvLayout\x12\x36\n\x11\x65mbedding_layouts\x18\x04 \x03(\x0b\x32\x1b.kvrelay.v1.EmbeddingLayout\"\x9f\x02\n\x0f\x43onnectResponse\x12%\n\x06source\x18\x01 \x01(\x0b\x32\x15.kvrelay.v1.WorkerRef\x12\x14\n\x0c\x65ngine_epoch\x18\x02 \x01(\x0c\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\x0c\x12*\n\x06offers\x18\x04 \x03(\x0b\x32\x1a.kvrelay.v1.ConnectorOffer\x12%\n\x07layouts\x18\x05 \x03(\x0b\x32\x14.kvrelay.v1.KvLayout\x12\x36\n\x11\x65mbedding_layouts\x18\x06 \x03(\x0b\x32\x1b.kvrelay.v1.EmbeddingLayout\x12)\n\nmore_pools\x18\x07 \x03(\x0b\x32\x15.kvrelay.v1.PoolOffer\"Y\n\nFollowOpen\x12$\n\x06ticket\x18\x01 \x01(\x0b\x32\x14.kvrelay.v1.KvTicket\x12%\n\x06reader\x18\x02 \x01(\x0b\x32\x15.kvrelay.v1.WorkerRef\"$\n\x0b\x46ollowAlive\x12\x15\n\rpulled_blocks\x18\x01 \x01(\r\":\n\rFollowRelease\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.kvrelay.v1.ReleaseReason\"\x9a\x01\n\rFollowRequest\x12&\n\x04open\x18\x01 \x01(\x0b\x32\x16.kvrelay.v1.FollowOpenH\x00\x12(\n\x05\x61live\x18\x02 \x01(\x0b\x32\x17.kvrelay.v1.FollowAliveH\x00\x12,\n\x07release\x18\x03 \x01(\x0b\x32\x19.kvrelay.v1.FollowReleaseH\x00\x42\t\n\x07message\"M\n\x0e\x46ollowAttached\x12\x14\n\x0c\x65ngine_epoch\x18\x01 \x01(\x0c\x12%\n\x05lease\x18\x02 \x01(\x0b\x32\x16.kvrelay.v1.LeaseTerms\"/\n\nGroupReady\x12\r\n\x05group\x18\x01 \x01(\r\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\";\n\x0b\x42lockDigest\x12\r\n\x05group\x18\x01 \x01(\r\x12\r\n\x05\x62lock\x18\x02 \x01(\r\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\"_\n\x0b\x46ollowReady\x12&\n\x06groups\x18\x01 \x03(\x0b\x32\x16.kvrelay.v1.GroupReady\x12(\n\x07\x64igests\x18\x02 \x03(\x0b\x32\x17.kvrelay.v1.BlockDigest\"h\n\x0e\x46ollowComplete\x12,\n\x0c\x66irst_tokens\x18\x01 \x03(\x0b\x32\x16.kvrelay.v1.FirstToken\x12(\n\x07partial\x18\x02 \x03(\x0b\x32\x17.kvrelay.v1.GroupBlocks\"\xd0\x01\n\x0e\x46ollowResponse\x12.\n\x08\x61ttached\x18\x01 \x01(\x0b\x32\x1a.kvrelay.v1.FollowAttachedH\x00\x12(\n\x05ready\x18\x02 \x01(\x0b\x32\x17.kvrelay.v1.FollowReadyH\x00\x12.\n\x08\x63omplete\x18\x03 \x01(\x0b\x32\x1a.kvrelay.v1.FollowCompleteH\x00\x12)\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x17.kvrelay.v1.ErrorDetailH\x00\x42\t\n\x07message\"\x8a\x01\n\x0c\x46\x65tchRequest\x12$\n\x06ticket\x18\x01 \x01(\x0b\x32\x14.kvrelay.v1.KvTicket\x12\r\n\x05group\x18\x02 \x01(\r\x12\x0e\n\x06\x62locks\x18\x03 \x03(\r\x12\x35\n\x10\x65mbedding_ticket\x18\x04 \x01(\x0b\x32\x1b.kvrelay.v1.EmbeddingTicket\":\n\rFetchResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\r\n\x05words\x18\x02 \x03(\x06\x12\x0c\n\x04last\x18\x03 \x01(\x08\"\x98\x01\n\x0eReleaseRequest\x12$\n\x06ticket\x18\x01 \x01(\x0b\x32\x14.kvrelay.v1.KvTicket\x12)\n\x06reason\x18\x02 \x01(\x0e\x32\x19.kvrelay.v1.ReleaseReason\x12\x35\n\x10\x65mbedding_ticket\x18\x03 \x01(\x0b\x32\x1b.kvrelay.v1.EmbeddingTicket\"#\n\x0fReleaseResponse\x12\x10\n\x08released\x18\x01 \x01(\x08\"\x8e\x01\n\rLookupRequest\x12%\n\x06reader\x18\x01 \x01(\x0b\x32\x15.kvrelay.v1.WorkerRef\x12&\n\x07\x61ttempt\x18\x02 \x01(\x0b\x32\x15.kvrelay.v1.AttemptId\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\x0c\x12\x13\n\x0bunit_hashes\x18\x04 \x01(\x0c\"6\n\x0eLookupResponse\x12$\n\x06ticket\x18\x01 \x01(\x0b\x32\x14.kvrelay.v1.KvTicket*\x9f\x01\n\rReleaseReason\x12\x1e\n\x1aRELEASE_REASON_UNSPECIFIED\x10\x00\x12\x19\n\x15RELEASE_REASON_PULLED\x10\x01\x12\x1c\n\x18RELEASE_REASON_CANCELLED\x10\x02\x12\x19\n\x15RELEASE_REASON_FAILED\x10\x03\x12\x1a\n\x16RELEASE_REASON_REFUSED\x10\x04\x32\xdf\x02\n\x0fKvSourceService\x12\x42\n\x07\x43onnect\x12\x1a.kvrelay.v1.ConnectRequest\x1a\x1b.kvrelay.v1.ConnectResponse\x12\x43\n\x06\x46ollow\x12\x19.kvrelay.v1.FollowRequest\x1a\x1a.kvrelay.v1.FollowResponse(\x01\x30\x01\x12>\n\x05\x46\x65tch\x12\x18.kvrelay.v1.FetchRequest\x1a\x19.kvrelay.v1.FetchResponse0\x01\x12\x42\n\x07Release\x12\x1a.kvrelay.v1.ReleaseRequest\x1a\x1b.kvrelay.v1.ReleaseResponse\x12?\n\x06Lookup\x12\x19.kvrelay.v1.LookupRequest\x1a\x1a.kvrelay.v1.LookupResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvrelay.v1.kv_source_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RELEASEREASON']._serialized_start=2140
-  _globals['_RELEASEREASON']._serialized_end=2299
+  _globals['_RELEASEREASON']._serialized_start=2243
+  _globals['_RELEASEREASON']._serialized_end=2402
   _globals['_CONNECTOROFFER']._serialized_start=67
   _globals['_CONNECTOROFFER']._serialized_end=115
   _globals['_POOLOFFER']._serialized_start=117
@@ -54,24 +54,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FOLLOWATTACHED']._serialized_end=1122
   _globals['_GROUPREADY']._serialized_start=1124
   _globals['_GROUPREADY']._serialized_end=1171
-  _globals['_FOLLOWREADY']._serialized_start=1173
-  _globals['_FOLLOWREADY']._serialized_end=1226
-  _globals['_FOLLOWCOMPLETE']._serialized_start=1228
-  _globals['_FOLLOWCOMPLETE']._serialized_end=1332
-  _globals['_FOLLOWRESPONSE']._serialized_start=1335
-  _globals['_FOLLOWRESPONSE']._serialized_end=1543
-  _globals['_FETCHREQUEST']._serialized_start=1546
-  _globals['_FETCHREQUEST']._serialized_end=1684
-  _globals['_FETCHRESPONSE']._serialized_start=1686
-  _globals['_FETCHRESPONSE']._serialized_end=1744
-  _globals['_RELEASEREQUEST']._serialized_start=1747
-  _globals['_RELEASEREQUEST']._serialized_end=1899
-  _globals['_RELEASERESPONSE']._serialized_start=1901
-  _globals['_RELEASERESPONSE']._serialized_end=1936
-  _globals['_LOOKUPREQUEST']._serialized_start=1939
-  _globals['_LOOKUPREQUEST']._serialized_end=2081
-  _globals['_LOOKUPRESPONSE']._serialized_start=2083
-  _globals['_LOOKUPRESPONSE']._serialized_end=2137
-  _globals['_KVSOURCESERVICE']._serialized_start=2302
-  _globals['_KVSOURCESERVICE']._serialized_end=2653
+  _globals['_BLOCKDIGEST']._serialized_start=1173
+  _globals['_BLOCKDIGEST']._serialized_end=1232
+  _globals['_FOLLOWREADY']._serialized_start=1234
+  _globals['_FOLLOWREADY']._serialized_end=1329
+  _globals['_FOLLOWCOMPLETE']._serialized_start=1331
+  _globals['_FOLLOWCOMPLETE']._serialized_end=1435
+  _globals['_FOLLOWRESPONSE']._serialized_start=1438
+  _globals['_FOLLOWRESPONSE']._serialized_end=1646
+  _globals['_FETCHREQUEST']._serialized_start=1649
+  _globals['_FETCHREQUEST']._serialized_end=1787
+  _globals['_FETCHRESPONSE']._serialized_start=1789
+  _globals['_FETCHRESPONSE']._serialized_end=1847
+  _globals['_RELEASEREQUEST']._serialized_start=1850
+  _globals['_RELEASEREQUEST']._serialized_end=2002
+  _globals['_RELEASERESPONSE']._serialized_start=2004
+  _globals['_RELEASERESPONSE']._serialized_end=2039
+  _globals['_LOOKUPREQUEST']._serialized_start=2042
+  _globals['_LOOKUPREQUEST']._serialized_end=2184
+  _globals['_LOOKUPRESPONSE']._serialized_start=2186
+  _globals['_LOOKUPRESPONSE']._serialized_end=2240
+  _globals['_KVSOURCESERVICE']._serialized_start=2405
+  _globals['_KVSOURCESERVICE']._serialized_end=2756
 # @@protoc_insertion_point(module_scope)

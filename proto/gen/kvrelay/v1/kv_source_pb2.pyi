@@ -314,20 +314,54 @@ class GroupReady(_message.Message):
 Global___GroupReady: _TypeAlias = GroupReady  # noqa: Y015
 
 @_typing.final
+class BlockDigest(_message.Message):
+    """BLAKE3 (16 bytes) of a sealed block, so that the reader can tell whether it got every byte."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_FIELD_NUMBER: _builtins.int
+    BLOCK_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    group: _builtins.int
+    block: _builtins.int
+    """The source's number of it."""
+    digest: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        group: _builtins.int = ...,
+        block: _builtins.int = ...,
+        digest: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "digest", b"digest", "group", b"group"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BlockDigest: _TypeAlias = BlockDigest  # noqa: Y015
+
+@_typing.final
 class FollowReady(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     GROUPS_FIELD_NUMBER: _builtins.int
+    DIGESTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroupReady]: ...
+    @_builtins.property
+    def digests(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlockDigest]:
+        """Of a share of the sealed blocks, all so far."""
+
     def __init__(
         self,
         *,
         groups: _abc.Iterable[Global___GroupReady] | None = ...,
+        digests: _abc.Iterable[Global___BlockDigest] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests", "groups", b"groups"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

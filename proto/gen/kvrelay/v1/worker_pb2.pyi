@@ -179,6 +179,8 @@ class WatchLoadResponse(_message.Message):
     EMBEDDING_ITEMS_FIELD_NUMBER: _builtins.int
     EMBEDDING_HITS_FIELD_NUMBER: _builtins.int
     EMBEDDINGS_EVICTED_FIELD_NUMBER: _builtins.int
+    DIGESTS_CHECKED_FIELD_NUMBER: _builtins.int
+    DIGESTS_WRONG_FIELD_NUMBER: _builtins.int
     requests_waiting: _builtins.int
     requests_waiting_remote_kv: _builtins.int
     requests_running: _builtins.int
@@ -211,6 +213,9 @@ class WatchLoadResponse(_message.Message):
     """Of an encoder's cache: images that are in it, and since its start those found in it and those that made room."""
     embedding_hits: _builtins.int
     embeddings_evicted: _builtins.int
+    digests_checked: _builtins.int
+    """Of blocks that were read: those whose digest was compared, and those that had arrived otherwise than they were sealed."""
+    digests_wrong: _builtins.int
     @_builtins.property
     def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___LinkReport]:
         """One for each peer and each connector that connected to it, until the peer goes or starts anew."""
@@ -251,10 +256,12 @@ class WatchLoadResponse(_message.Message):
         embedding_items: _builtins.int = ...,
         embedding_hits: _builtins.int = ...,
         embeddings_evicted: _builtins.int = ...,
+        digests_checked: _builtins.int = ...,
+        digests_wrong: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_cached", b"blocks_cached", "blocks_in_use", b"blocks_in_use", "blocks_pinned", b"blocks_pinned", "blocks_quarantined", b"blocks_quarantined", "blocks_total", b"blocks_total", "connectors", b"connectors", "draining", b"draining", "embedding_blocks", b"embedding_blocks", "embedding_hits", b"embedding_hits", "embedding_items", b"embedding_items", "embeddings_evicted", b"embeddings_evicted", "expired_leases", b"expired_leases", "failed_reads", b"failed_reads", "fallbacks", b"fallbacks", "handoff_bytes", b"handoff_bytes", "handoff_s", b"handoff_s", "leases", b"leases", "links", b"links", "prefix_blocks_pulled", b"prefix_blocks_pulled", "requests_running", b"requests_running", "requests_waiting", b"requests_waiting", "requests_waiting_remote_kv", b"requests_waiting_remote_kv", "sliding_blocks", b"sliding_blocks", "stale_reads", b"stale_reads", "steps", b"steps", "streams", b"streams", "tasks", b"tasks", "tokens_queued", b"tokens_queued", "transfers", b"transfers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_cached", b"blocks_cached", "blocks_in_use", b"blocks_in_use", "blocks_pinned", b"blocks_pinned", "blocks_quarantined", b"blocks_quarantined", "blocks_total", b"blocks_total", "connectors", b"connectors", "digests_checked", b"digests_checked", "digests_wrong", b"digests_wrong", "draining", b"draining", "embedding_blocks", b"embedding_blocks", "embedding_hits", b"embedding_hits", "embedding_items", b"embedding_items", "embeddings_evicted", b"embeddings_evicted", "expired_leases", b"expired_leases", "failed_reads", b"failed_reads", "fallbacks", b"fallbacks", "handoff_bytes", b"handoff_bytes", "handoff_s", b"handoff_s", "leases", b"leases", "links", b"links", "prefix_blocks_pulled", b"prefix_blocks_pulled", "requests_running", b"requests_running", "requests_waiting", b"requests_waiting", "requests_waiting_remote_kv", b"requests_waiting_remote_kv", "sliding_blocks", b"sliding_blocks", "stale_reads", b"stale_reads", "steps", b"steps", "streams", b"streams", "tasks", b"tasks", "tokens_queued", b"tokens_queued", "transfers", b"transfers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
