@@ -26,7 +26,9 @@ class Branching:
     def branch(self, trunk: Sequence) -> list[Sequence]:
         """One sequence for each of the request's pending choices; the first is the trunk itself.
 
-        Where no block is free for the copy, the branch computes the partial block again.
+        Where no block is free for the copy, the branch computes the partial block again. Where layers have a window,
+        what that block's tokens see is not held any more: such a branch holds nothing, and is to be computed like one
+        that was preempted.
         """
         request = trunk.request
         choices, request.pending_choices = request.pending_choices, ()
@@ -34,7 +36,8 @@ class Branching:
         branches = [trunk, *forks]
         num_full = trunk.num_computed // self._block_tokens
         copies = [(trunk.blocks[num_full], fork.blocks[num_full]) for fork in forks if len(fork.blocks) > num_full]
-        sliding_copies = [] if self._sliding is None else self._sliding.fork(trunk, forks)
+        seated = [fork for fork in forks if fork.blocks]
+        sliding_copies = [] if self._sliding is None else self._sliding.fork(trunk, seated)
         if copies:
             self._copy_blocks(copies)
             if self._sliding is not None:
@@ -48,6 +51,8 @@ class Branching:
 
     def _fork(self, trunk: Sequence, choice: ChoiceState) -> Sequence:
         num_full, num_partial = divmod(trunk.num_computed, self._block_tokens)
+        if num_partial and not self._pool.num_free and self._sliding is not None:
+            return Sequence(trunk.request, choice.index, list(trunk.tokens), trunk.chain.fork())
         shared = trunk.blocks[:num_full]
         self._pool.pin(shared)
         private = self._pool.reserve(1) if num_partial and self._pool.num_free else []

@@ -292,7 +292,7 @@ class Engine:
         branches = self._branching.branch(request.trunk)
         self._drop_unwanted(request)
         for sequence in [one for one in branches if one.choice not in request.unwanted]:
-            self.scheduler.start(sequence)
+            self.scheduler.start_branch(sequence)
             if sequence.choice in tokens:
                 self._append(sequence, tokens[sequence.choice])
 

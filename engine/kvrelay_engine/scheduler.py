@@ -108,6 +108,7 @@ class Scheduler:
         self.running: dict[Sequence, None] = {}
         self.remote: dict[Sequence, None] = {}
         self._seated: set[Sequence] = set()  # remote ones that have their blocks
+        self._homeless: list[Sequence] = []  # branches that are neither here nor to be computed here
 
     # ------------------------------------------------------------------------------ between the states
 
@@ -125,6 +126,13 @@ class Scheduler:
         self._leave(sequence)
         sequence.state = SequenceState.RUNNING
         self.running[sequence] = None
+
+    def start_branch(self, sequence: Sequence) -> None:
+        """As `start`; but one that got no blocks is computed again from what the prefix cache has."""
+        if sequence.blocks:
+            self.start(sequence)
+        elif not self._requeue(sequence):
+            self._homeless.append(sequence)
 
     def lose_remote(self, sequence: Sequence) -> None:
         """The hand-off broke. The sequence holds nothing while it waits to be replaced or removed."""
@@ -155,6 +163,10 @@ class Scheduler:
 
     def schedule(self) -> Batch:
         batch = Batch(self._step_budget.for_decodes(self._num_decoding()))
+        for homeless in self._homeless:
+            if homeless.state is not SequenceState.FINISHED:  # nor its request
+                self._hand_back(homeless.request, batch)
+        self._homeless.clear()
         for sequence in self._running_in_order():
             if sequence.state is SequenceState.RUNNING:  # not preempted meanwhile
                 self._continue(sequence, batch)
@@ -318,13 +330,18 @@ class Scheduler:
         batch.crowded_out.append(victim.request)
 
     def _preempt(self, victim: Sequence, batch: Batch) -> None:
-        if self._media.can_compute(victim, 0) and self._may_recompute(len(victim.tokens)):
-            self._leave(victim)
-            self.free(victim)
-            victim.num_recomputes += 1
-            self.add(victim)
-            return
-        self._hand_back(victim.request, batch)
+        if not self._requeue(victim):
+            self._hand_back(victim.request, batch)
+
+    def _requeue(self, sequence: Sequence) -> bool:
+        """It gives back what it holds, to be computed again; False, and nothing is done, where that is too much."""
+        if not self._media.can_compute(sequence, 0) or not self._may_recompute(len(sequence.tokens)):
+            return False
+        self._leave(sequence)
+        self.free(sequence)
+        sequence.num_recomputes += 1
+        self.add(sequence)
+        return True
 
     def _hand_back(self, request: EngineRequest, batch: Batch) -> None:
         batch.drop(request)
@@ -360,7 +377,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether `schedule` could find rows; remote sequences wait for others."""
-        return bool(self.running or self.waiting)
+        return bool(self.running or self.waiting or self._homeless)
 
     @property
     def num_queued_tokens(self) -> int:

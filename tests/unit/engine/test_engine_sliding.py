@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from engine_rig import EngineRig, make_generation, prompt_of
 from fake_runner import continuation
-from sliding_rig import drop, make_rig
+from sliding_rig import drop, make_pair, make_rig
 
 from kvrelay_engine import messages
 from kvrelay_engine.sliding_blocks import most_while_computing, most_while_decoding
@@ -158,6 +158,46 @@ def test_choices_share_the_window_and_part(rigs: list[EngineRig], length: int) -
     most_in_use(rig)
     for choice in range(3):
         assert rig.tokens(1, choice) == continuation(prompt, 30)
+
+
+@pytest.mark.parametrize("length", [21, 22, 23, 24])
+def test_a_choice_that_gets_no_block_is_computed_again(rigs: list[EngineRig], length: int) -> None:
+    """What its partial block's tokens see was given back when the prompt was done: that block alone cannot be computed
+    again."""
+    rig = keep(rigs)
+    taken = rig.pool.reserve(rig.pool.num_free - 6)
+    rig.decode(1, make_generation(prompt_of(length), 8, num_choices=3))
+    while not rig.of(messages.StepTokens):
+        rig.step()
+    rig.pool.release(taken)
+    rig.run()
+    for choice in range(3):
+        assert rig.tokens(1, choice) == continuation(prompt_of(length), 8)
+
+
+@pytest.mark.parametrize("length", [22, 24])
+def test_a_choice_of_a_handoff_that_gets_no_block_is_computed_again(length: int) -> None:
+    """Of what its tokens see a ticket names only what the one behind the prompt does."""
+    pair = make_pair(decode_alone_tokens=1000)
+    taken = pair.reader.pool.reserve(pair.reader.pool.num_free - 6)
+    pair.submit(1, make_generation(prompt_of(length), 8, num_choices=3))
+    while not pair.reader.of(messages.HandoffDone):
+        pair.turn()
+    pair.reader.pool.release(taken)
+    pair.run()
+    for choice in range(3):
+        assert pair.answer(1, choice) == continuation(prompt_of(length), 8)
+    pair.check_empty()
+    pair.close()
+
+
+def test_a_choice_that_gets_no_block_and_is_too_long_goes_back_with_its_request(rigs: list[EngineRig]) -> None:
+    rig = keep(rigs, decode_alone_tokens=20)
+    taken = rig.pool.reserve(rig.pool.num_free - 6)
+    rig.decode(1, make_generation(prompt_of(22), 8, num_choices=2))
+    rig.run()
+    assert rig.the(messages.HandedBack).id == 1
+    rig.pool.release(taken)
 
 
 def test_an_abort_in_every_step_leaves_nothing(rigs: list[EngineRig]) -> None:
