@@ -3,10 +3,11 @@ what prefill wrote, and nothing is held at the end. A few hundred of them run wi
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from handoff_storm import DISTURBANCES, HandoffStorm
+from handoff_storm import HandoffStorm
 
 from kvrelay_core.errors import LeaseExpiredError, OverloadedError, StaleTicketError, WorkerLostError
 
@@ -16,10 +17,10 @@ DISTURBED_SHARE = 0.05
 SEED = 20
 
 
-def weather(connector: str, directory: Path, num_handoffs: int, share: float = DISTURBED_SHARE) -> HandoffStorm:
+def weather(connector: str, directory: Path, num_handoffs: int) -> HandoffStorm:
     storm = HandoffStorm(connector, SEED, directory)
     try:
-        storm.run(num_handoffs, share)
+        storm.run(num_handoffs, DISTURBED_SHARE)
     finally:
         storm.close()
     assert storm.ends.total() == num_handoffs
@@ -37,12 +38,15 @@ def test_hundreds(tmp_path: Path, connector: str) -> None:
     "connector", [pytest.param(name, marks=pytest.mark.full) if name in SLOW_STARTERS else name for name in CONNECTORS]
 )
 def test_every_disturbance_often(tmp_path: Path, connector: str) -> None:
-    """Else the others would prove little: each kind of end is met."""
-    storm = weather(connector, tmp_path, 300, share=0.6)
-    assert storm.num_disturbed >= 5 * len(DISTURBANCES)
-    for error in (StaleTicketError, LeaseExpiredError, OverloadedError, WorkerLostError):
-        assert storm.ends[error.__name__] >= 3, (error, storm.ends)
-    assert storm.ends["cancelled"] >= 3
+    """Else the others would prove little: each kind of end is met. How soon, is up to threads where a link has them."""
+    errors = (StaleTicketError, LeaseExpiredError, OverloadedError, WorkerLostError)
+    least = Counter(dict.fromkeys(["cancelled", *(error.__name__ for error in errors)], 3))
+    storm = HandoffStorm(connector, SEED, tmp_path)
+    try:
+        storm.run(3000, 0.6, least)
+    finally:
+        storm.close()
+    assert storm.ends >= least
 
 
 @pytest.mark.full

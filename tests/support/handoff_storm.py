@@ -95,12 +95,16 @@ class HandoffStorm:
             self._reserve, model_fingerprint=MODEL, limits=LIMITS,
         )  # fmt: skip
         self.flights: dict[int, Flight] = {}
+        self._deck: list[str] = []
         self._next_id = 1
         self._turn = 0
         self._start_source()
 
-    def run(self, num_handoffs: int, disturbed_share: float) -> None:
+    def run(self, num_handoffs: int, disturbed_share: float, least_ends: Counter[str] | None = None) -> None:
+        """Ends before `num_handoffs` once each of `least_ends` was met so often."""
         while self._next_id <= num_handoffs or self.flights:
+            if least_ends is not None and self.ends >= least_ends:
+                num_handoffs = 0
             if self._next_id <= num_handoffs and len(self.flights) < MAX_UNDER_WAY:
                 self._accept(self.random.random() < disturbed_share)
             self._take_turn()
@@ -124,8 +128,7 @@ class HandoffStorm:
         prefill.blocks = self.side.pool.reserve(LAYOUT.blocks_for(num_tokens))
         digests = [self._write(block) for block in prefill.blocks]
         ticket = self.side.source.accept(prefill)
-        disturbance = self.random.choice(DISTURBANCES) if is_disturbed else None
-        self.num_disturbed += is_disturbed
+        disturbance = self._draw_disturbance() if is_disturbed else None
         decode = make_sequence(tokens, self._next_id)
         disturb_at = self.random.randint(0, len(digests))
         if disturbance == "no_room":
@@ -137,6 +140,13 @@ class HandoffStorm:
             self._connect()
         self.reader.open(decode, ticket)
         self.side.source.handle(FollowAttach(flight.id, ticket))
+
+    def _draw_disturbance(self) -> str:
+        """In an order of chance, but each as often as any other."""
+        if not self._deck:
+            self._deck = self.random.sample(DISTURBANCES, len(DISTURBANCES))
+        self.num_disturbed += 1
+        return self._deck.pop()
 
     def _write(self, block: int) -> bytes:
         data = self.random.randbytes(LAYOUT.block_bytes)
