@@ -10,6 +10,7 @@ import asyncio
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -35,16 +36,43 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 WAITED_FOR_S = 5.0  # an encoder, when none serves
 
 
+class KeptCluster:
+    """One cluster at a time, until one of another connector is asked for."""
+
+    def __init__(self, model_dir: Path) -> None:
+        self._model_dir = model_dir
+        self._connector = ""
+        self._stack = ExitStack()
+        self._cluster: EncoderCluster | None = None
+
+    def of(self, connector: str) -> EncoderCluster:
+        if self._cluster is None or connector != self._connector:
+            self.close()
+            self._cluster = self._stack.enter_context(EncoderCluster(self._model_dir, connector=connector))
+            self._connector = connector
+        return self._cluster
+
+    def close(self) -> None:
+        self._cluster = None
+        self._stack.close()
+
+
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_qwen2_5_vl(tmp_path_factory.mktemp("encoder-faults") / "qwen2_5_vl")
 
 
 @pytest.fixture(scope="module")
-def cluster(request: pytest.FixtureRequest, model_dir: Path) -> Iterator[EncoderCluster]:
-    """By the connector of embeddings; tests of one connector are run one after the other."""
-    with EncoderCluster(model_dir, connector=request.param) as cluster:
-        yield cluster
+def kept_cluster(model_dir: Path) -> Iterator[KeptCluster]:
+    kept = KeptCluster(model_dir)
+    yield kept
+    kept.close()
+
+
+@pytest.fixture
+def cluster(request: pytest.FixtureRequest, kept_cluster: KeptCluster) -> EncoderCluster:
+    """By the connector of embeddings. pytest itself would start one for every test that has parameters of its own."""
+    return kept_cluster.of(request.param)
 
 
 # ------------------------------------------------------------------------------------------ encoder killed
