@@ -1,0 +1,53 @@
+"""Host memory for parts: one span, taken at start and cut into equal slots. Pinned where a GPU copies to and from it.
+
+Knows no keys and no owners (`host_store.py`).
+"""
+
+from __future__ import annotations
+
+import mmap
+
+import torch
+
+from kvrelay_core.errors import ConfigError
+from kvrelay_transfer.host_memory import available_bytes
+from kvrelay_transfer.tiers.part_format import HEADER_BYTES
+
+_ALIGNMENT = 4096  # of slots: what direct I/O wants
+GIB = 1 << 30
+
+
+class HostSlab:
+    """`slot(i)` is the memory of slot i [slot_bytes]: room for a header, then for a body."""
+
+    def __init__(self, capacity_bytes: int, max_part_bytes: int, *, is_pinned: bool = False) -> None:
+        """As many slots for bodies of `max_part_bytes` as fit, one at least. Raises ConfigError for want of memory."""
+        self.slot_bytes = -(-(HEADER_BYTES + max_part_bytes) // _ALIGNMENT) * _ALIGNMENT
+        self.num_slots = max(1, capacity_bytes // self.slot_bytes)
+        size_bytes = self.num_slots * self.slot_bytes
+        if size_bytes > available_bytes():
+            raise ConfigError(
+                f"the host cache needs {size_bytes / GIB:.2f} GiB, {available_bytes() / GIB:.2f} GiB are free; "
+                "lower --host-cache",
+                needed_bytes=size_bytes,
+            )
+        self._view = _pinned(size_bytes) if is_pinned else _pageable(size_bytes)
+
+    def slot(self, index: int) -> memoryview:
+        return self._view[index * self.slot_bytes : (index + 1) * self.slot_bytes]
+
+
+def _pageable(size_bytes: int) -> memoryview:
+    mapping = mmap.mmap(-1, size_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    mapping.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(mapping)
+
+
+def _pinned(size_bytes: int) -> memoryview:
+    try:
+        tensor = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{size_bytes / GIB:.2f} GiB of host cache cannot be pinned: {error}; lower --host-cache"
+        ) from error
+    return memoryview(tensor.numpy()).cast("B")  # type: ignore[arg-type]  # numpy says so of writable arrays only
