@@ -1,0 +1,42 @@
+"""The tiers as their users see them: host memory, what is below it in order, and what moves parts between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvrelay_core.clock import Clock
+from kvrelay_transfer.tiers.host_store import HostStore
+from kvrelay_transfer.tiers.part_mover import PartMover
+from kvrelay_transfer.tiers.speed import Speed
+from kvrelay_transfer.tiers.tier import Tier
+from kvrelay_transfer.tiers.tier_stats import Counts, TierStats
+from kvrelay_transfer.tiers.workers import Workers
+from kvrelay_transfer.tiers.write_down import WriteDown
+
+
+class HostTier:
+    """Host memory with the threads that copy between it and the pool."""
+
+    def __init__(
+        self, store: HostStore, clock: Clock, *, num_readers: int = 1, num_writers: int = 1, max_queued: int = 256
+    ) -> None:
+        self.store = store
+        self.counts = Counts()
+        self.speed = Speed(clock)
+        self.readers = Workers("kvrelay-tier-host-r", num_readers, max_queued)
+        self.writers = Workers("kvrelay-tier-host-w", num_writers, max_queued)
+
+    def stats(self) -> TierStats:
+        num_queued = self.readers.num_queued + self.writers.num_queued
+        return TierStats(
+            self.store.name, self.counts.by_name(), self.store.usage(), num_queued, gb_per_s=self.speed.gb_per_s
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TierStack:
+    host: HostTier
+    tiers: tuple[Tier, ...]  # fastest first
+    mover: PartMover
+    write_down: WriteDown
+    clock: Clock

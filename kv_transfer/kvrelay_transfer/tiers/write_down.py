@@ -1,0 +1,79 @@
+"""Parts of host memory on their way to the tiers below: when they are whole, or before host memory evicts them.
+
+Never waits: what has no room in a tier's queue is dropped and counted. A part that waits to be written is lent, so it
+stays in host memory; queues are short enough to leave most of it free for others.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+from kvrelay_transfer.tiers.host_store import Borrow, HostStore
+from kvrelay_transfer.tiers.part_key import PartKey
+from kvrelay_transfer.tiers.part_mover import PartMover
+from kvrelay_transfer.tiers.tier import Tier, WritePolicy
+from kvrelay_transfer.tiers.tier_stats import Count
+from kvrelay_transfer.tiers.workers import Job
+
+_MAX_AHEAD = 16  # parts that are written before their turn to be evicted comes
+
+
+class WriteDown:
+    """Thread-safe."""
+
+    def __init__(self, host: HostStore, tiers: tuple[Tier, ...], mover: PartMover) -> None:
+        self._host = host
+        self._tiers = tiers
+        self._mover = mover
+        self._num_ahead = max(1, min(_MAX_AHEAD, host.num_slots // 8))
+
+    def filled(self, key: PartKey) -> None:
+        """The part is new in host memory."""
+        for tier in self._tiers:
+            if tier.policy is WritePolicy.COMPLETION:
+                self._post(tier, key)
+        self.make_way()
+
+    def make_way(self) -> None:
+        """Writes the next part that is to be evicted and is nowhere else, if the time for that is near."""
+        if self._host.num_free >= self._num_ahead:
+            return
+        coldest = self._host.borrow_coldest(self._is_lacking, max_asked=2 * self._num_ahead)
+        if coldest is not None:
+            with coldest as part:
+                self._post_everywhere(part.key)
+
+    def write_all(self, until_s: float) -> None:
+        """Whatever a tier lacks is written, newest first, until then (`time.monotonic`). Waits for room in queues."""
+        for key in reversed(list(self._host.keys())):
+            for tier in self._tiers:
+                if key not in tier.known and tier.can_write and tier.writers.wait_room(until_s - time.monotonic()):
+                    self._post(tier, key)
+
+    def _is_lacking(self, key: PartKey) -> bool:
+        return any(key not in tier.known for tier in self._tiers)
+
+    def _post_everywhere(self, key: PartKey) -> None:
+        for tier in self._tiers:
+            self._post(tier, key)
+
+    def _post(self, tier: Tier, key: PartKey) -> None:
+        if not tier.known.claim(key):
+            return
+        borrow = self._host.lend(key)
+        if borrow is None:
+            tier.known.settle(key, is_stored=False)
+            return
+        job = Job(partial(self._write, tier, borrow), partial(self._settle, tier, borrow, is_stored=False))
+        if not tier.can_write or not tier.writers.post(job):
+            job.give_up()
+
+    def _write(self, tier: Tier, borrow: Borrow) -> None:
+        self._settle(tier, borrow, is_stored=self._mover.write(tier, borrow.part))
+
+    def _settle(self, tier: Tier, borrow: Borrow, *, is_stored: bool) -> None:
+        borrow.give_back()
+        tier.known.settle(borrow.part.key, is_stored=is_stored)
+        if not is_stored:
+            tier.counts.add(Count.DROPPED)
