@@ -10,6 +10,8 @@ from typing import Protocol
 
 from kvrelay_transfer.tiers.part_key import PartKey
 
+PART_BYTES = 4 << 20  # raw, at most: the size at which Redis is fastest
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
