@@ -5,7 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from pathlib import Path
 
+from kvrelay_transfer.tiers.disk_store import DiskStore
 from kvrelay_transfer.tiers.fake_store import FakeStore
+from kvrelay_transfer.tiers.host_slab import HostSlab
+from kvrelay_transfer.tiers.host_store import HostStore
 from kvrelay_transfer.tiers.part_key import PartKey
 from kvrelay_transfer.tiers.part_store import PartStore
 
@@ -43,4 +46,30 @@ class FakeBench(StoreBench):
         return FakeStore(capacity_bytes=capacity_bytes)
 
 
-BENCHES: dict[str, type[StoreBench]] = {"fake": FakeBench}
+class HostBench(StoreBench):
+    can_lie = False
+
+    def open(self, capacity_bytes: int = 64 << 20) -> HostStore:
+        return HostStore(HostSlab(capacity_bytes, 1_000_003))
+
+    def room_of(self, part_bytes: int) -> int:
+        return HostSlab(1, 1_000_003).slot_bytes
+
+
+class DiskBench(StoreBench):
+    is_durable = True
+
+    def open(self, capacity_bytes: int = 1 << 30) -> DiskStore:
+        """A small bound is that of a folder of its own."""
+        folder = self.directory / f"disk-{capacity_bytes}"
+        return DiskStore(folder, capacity_bytes)
+
+    def room_of(self, part_bytes: int) -> int:
+        return -(-part_bytes // 4096) * 4096
+
+    def replace(self, key: PartKey, part: bytes) -> None:
+        (found,) = self.directory.rglob(key.text)
+        found.write_bytes(part)
+
+
+BENCHES: dict[str, type[StoreBench]] = {"disk": DiskBench, "fake": FakeBench, "host": HostBench}
