@@ -1,7 +1,7 @@
 """A part as it lies in a tier that could lie: a header, and a body whose checksum the header has.
 
     magic 8 | version u16 | codec u16 | part u32 | num_parts u32 | raw_bytes u64 | body_bytes u64 | namespace 16 |
-    digest 32 | checksum 32                                               = 120 bytes, little-endian, padded to 128
+    digest 32 | checksum 32                                               = 116 bytes, little-endian, padded to 128
 
 The checksum is the BLAKE3 hash of all header fields before it and of the body; with a secret it is keyed, and so a MAC
 (https://github.com/BLAKE3-team/BLAKE3-specs). What does not fit what was asked for is no part: a miss, never an error.
