@@ -21,8 +21,6 @@ from kvrelay_transfer.tiers.tier_stack import HostTier, TierStack
 from kvrelay_transfer.tiers.tier_stats import ChainStats
 from kvrelay_transfer.tiers.write_down import WriteDown
 
-_JOIN_S = 5.0
-
 
 class TierChain:
     """Thread-safe. The stores are the chain's from now on."""
@@ -74,14 +72,14 @@ class TierChain:
     def stats(self) -> ChainStats:
         return ChainStats((self._stack.host.stats(), *(tier.stats() for tier in self._stack.tiers)))
 
-    def close(self) -> None:
-        """What waits is given up, fetches end. Threads that hang in a store are left behind. Idempotent."""
+    def close(self, timeout_s: float = 5.0) -> None:
+        """What waits is given up, fetches end. Threads that still hang in a store then are left behind. Idempotent."""
         host = self._stack.host
         for tier in self._stack.tiers:
             tier.stop()
         host.readers.stop()
         host.writers.stop()
-        until_s = time.monotonic() + _JOIN_S
+        until_s = time.monotonic() + timeout_s
         for end in (*(tier.join for tier in self._stack.tiers), host.readers.join, host.writers.join):
             end(max(0.0, until_s - time.monotonic()))
         host.store.close()

@@ -161,11 +161,16 @@ class Fetch:
         return first, end, self._seconds_for(first, end)
 
     def _seconds_for(self, first: int, end: int) -> float:
+        """With what waits before them, each of which takes about as long as one part of these."""
         sizes: Counter[int] = Counter()
         for index in range(self._first_part[first], self._first_part[end]):
             sizes[self._search.places[index]] += self._part_bytes(index)
-        speeds = {place: (self._stack.host if place == HOST else self._stack.tiers[place]).speed for place in sizes}
-        return sum(speeds[place].seconds_for(size_bytes) for place, size_bytes in sizes.items())
+        waiting_bytes = self._part_bytes(self._first_part[first])
+        seconds = 0.0
+        for place, size_bytes in sizes.items():
+            tier = self._stack.host if place == HOST else self._stack.tiers[place]
+            seconds += tier.speed.seconds_for(size_bytes + tier.readers.num_queued * waiting_bytes)
+        return seconds
 
     def _end_at(self, record: int) -> None:
         self._end = min(self._end, record)
@@ -184,13 +189,10 @@ class Fetch:
     def _copy_from_host(self, index: int, borrow: Borrow) -> None:
         host = self._stack.host
         with borrow as part:
-            host.speed.begin()
-            is_loaded = False
-            try:
-                is_loaded = self._deliver(index, part.raw)
-            finally:
-                host.speed.end(len(part.raw) if is_loaded else 0)
+            begun_s = self._stack.clock.now()
+            is_loaded = self._deliver(index, part.raw)
             if is_loaded:
+                host.speed.record_arrival(len(part.raw), begun_s)
                 host.counts.add(Count.HITS)
                 host.counts.add(Count.READ_BYTES, len(part.raw))
         self._finish(index, is_loaded)
@@ -200,6 +202,10 @@ class Fetch:
         self._finish(index, False)
 
     def _load(self, index: int, tier: Tier) -> None:
+        promoted = self._stack.host.store.borrow(self._key(index))
+        if promoted is not None:  # by another fetch, while this one waited
+            self._copy_from_host(index, promoted)
+            return
         is_loaded = False
         if self._is_wanted(index):
             num_parts = len(self._records[self._record(index)].keys)
@@ -209,6 +215,7 @@ class Fetch:
                     is_loaded = self._deliver(index, loaded.raw)
                 finally:
                     loaded.give_back()
+                self._stack.write_down.make_way()
         self._finish(index, is_loaded)
 
     def _deliver(self, index: int, raw: memoryview) -> bool:

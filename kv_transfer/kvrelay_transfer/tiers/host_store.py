@@ -264,8 +264,12 @@ class HostStore(PartStore):
         return len(found)
 
     def usage(self) -> StoreUsage:
+        self._check_open()
+        return self.occupancy()
+
+    def occupancy(self) -> StoreUsage:
+        """The same, also of a closed store."""
         with self._lock:
-            self._check_open()
             slot_bytes = self._slab.slot_bytes
             num_parts = len(self._parts)
             return StoreUsage(num_parts, num_parts * slot_bytes, self.num_slots * slot_bytes, self._num_evicted)

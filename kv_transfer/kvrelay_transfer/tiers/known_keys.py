@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 
 from kvrelay_transfer.tiers.part_key import PartKey
 
@@ -45,13 +46,10 @@ class KnownKeys:
         with self._lock:
             self._add(key)
 
-    def discard(self, key: PartKey) -> None:
+    def discard(self, keys: Iterable[PartKey]) -> None:
         with self._lock:
-            self._stored.pop(key, None)
-
-    def clear(self) -> None:
-        with self._lock:
-            self._stored.clear()
+            for key in keys:
+                self._stored.pop(key, None)
 
     def _add(self, key: PartKey) -> None:
         self._stored[key] = None

@@ -41,7 +41,7 @@ class PartMover:
     def load(self, tier: Tier, key: PartKey, num_parts: int, raw_bytes: int) -> LoadedPart | None:
         """None when the tier does not give it, whole and unharmed."""
         slot = self._host.reserve(raw_bytes)
-        room = (self._scratch.raw if slot is None else slot.room)[: HEADER_BYTES + raw_bytes]
+        room = self._scratch.raw if slot is None else slot.room
         is_loaded = False
         try:
             is_loaded = self._load_into(room, tier, PartHeader(key, num_parts, raw_bytes, raw_bytes))
@@ -54,7 +54,7 @@ class PartMover:
         tier.counts.add(Count.HITS)
         tier.counts.add(Count.READ_BYTES, raw_bytes)
         if slot is None:
-            return LoadedPart(room[HEADER_BYTES:], None)
+            return LoadedPart(room[HEADER_BYTES : HEADER_BYTES + raw_bytes], None)
         borrow = self._host.publish(slot, key, num_parts, raw_bytes, is_sealed=self._codec is None)
         return LoadedPart(borrow.part.raw, borrow)
 
@@ -63,13 +63,15 @@ class PartMover:
         return tier.write(part.key, lambda: self._sealed(part))
 
     def _load_into(self, room: memoryview, tier: Tier, wanted: PartHeader) -> bool:
-        """`room` is for a raw part with its header, of which there will be none if a codec is used."""
-        sealed = room if self._codec is None else self._scratch.sealed[: len(room)]
+        """The body, raw, behind room for a header, which comes along if no codec is used. All the room that there is
+        is offered, so that a part that is too long is found to be bad."""
+        sealed = room if self._codec is None else self._scratch.sealed
         length = tier.get(wanted.key, sealed)
         if length is None:
             return False
         found = open_part(wanted.key, sealed[:length], self._secret)
-        if isinstance(found, PartHeader) and self._take(found, sealed[HEADER_BYTES:length], room[HEADER_BYTES:]):
+        raw = room[HEADER_BYTES : HEADER_BYTES + wanted.raw_bytes]
+        if isinstance(found, PartHeader) and self._take(found, sealed[HEADER_BYTES:length], raw):
             return True
         tier.reject(wanted.key)
         return False

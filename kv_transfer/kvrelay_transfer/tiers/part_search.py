@@ -91,3 +91,5 @@ class PartSearch:
             self._window = min(2 * self._window, _MAX_WINDOW)
         else:
             self._lacking.add(index)
+            # Who was emptied lacks the rest as well: nobody is to believe that it has been stored.
+            self._stack.tiers[index].known.discard(self._keys[len(self.places) :])

@@ -20,26 +20,16 @@ class Speed:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._num_under_way = 0
-        self._since_s = 0.0  # the last arrival, or when the tier became busy
+        self._arrived_s = 0.0  # when the last part came
         self._seconds_per_byte = _Average()
         self._latency_s = _Average()
 
-    def begin(self) -> None:
-        """A part is asked for."""
+    def record_arrival(self, size_bytes: int, asked_s: float) -> None:
+        """A part came that was asked for at `asked_s`. Of several under way each took the time since the last one."""
         with self._lock:
-            if self._num_under_way == 0:
-                self._since_s = self._clock.now()
-            self._num_under_way += 1
-
-    def end(self, size_bytes: int) -> None:
-        """It came, or with 0 bytes it did not."""
-        with self._lock:
-            self._num_under_way -= 1
             now_s = self._clock.now()
-            if size_bytes:
-                self._seconds_per_byte.record((now_s - self._since_s) / size_bytes, now_s)
-            self._since_s = now_s
+            self._seconds_per_byte.record((now_s - max(asked_s, self._arrived_s)) / size_bytes, now_s)
+            self._arrived_s = now_s
 
     def record_latency(self, seconds: float) -> None:
         """Of a call that moves next to nothing."""

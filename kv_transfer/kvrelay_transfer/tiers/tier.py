@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from enum import Enum
+from functools import partial
 from typing import TypeVar
 
 from msgspec import Struct
@@ -20,9 +21,11 @@ from kvrelay_transfer.tiers.part_key import PartKey
 from kvrelay_transfer.tiers.part_store import PartStore, StoreError, StoreUsage
 from kvrelay_transfer.tiers.speed import Speed
 from kvrelay_transfer.tiers.tier_stats import Count, Counts, TierStats
-from kvrelay_transfer.tiers.workers import Workers
+from kvrelay_transfer.tiers.workers import Job, Workers
 
 log = logging.getLogger(__name__)
+
+_USAGE_AGE_S = 5.0
 
 T = TypeVar("T")
 
@@ -63,12 +66,14 @@ class Tier:
         self.breaker = Breaker(
             clock, max_errors=limits.max_errors, pause_s=limits.pause_s, max_pause_s=limits.max_pause_s
         )
-        self.readers = Workers(f"kvrelay-tier-{store.name}-r", store.num_readers, limits.max_reads)
-        self.writers = Workers(f"kvrelay-tier-{store.name}-w", store.num_writers, limits.max_writes)
+        on_bug = partial(self.counts.add, Count.ERRORS)
+        self.readers = Workers(f"kvrelay-tier-{store.name}-r", store.num_readers, limits.max_reads, on_bug)
+        self.writers = Workers(f"kvrelay-tier-{store.name}-w", store.num_writers, limits.max_writes, on_bug)
         self._clock = clock
         self._store = store
         self._stuck_s = limits.stuck_s
         self._usage = StoreUsage(0, 0, 0)
+        self._usage_s = -_USAGE_AGE_S  # when it was asked for
 
     @property
     def can_read(self) -> bool:
@@ -89,22 +94,19 @@ class Tier:
             return 0
         self.speed.record_latency(self._clock.now() - begun_s)
         if found < len(keys):
-            self.known.discard(keys[found])
             self.counts.add(Count.MISSES)
         return found
 
     def get(self, key: PartKey, into: memoryview) -> int | None:
         """The length of what is in `into`, unverified; None when nothing came."""
-        self.speed.begin()
-        length = None
-        try:
-            length = self._call(lambda: self._store.get(key, into))
-        finally:
-            self.speed.end(length or 0)
-        if length is None:
-            self.known.discard(key)
-            self.counts.add(Count.MISSES)
-        return length
+        asked_s = self._clock.now()
+        length = self._call(lambda: self._store.get(key, into))
+        if length:
+            self.speed.record_arrival(length, asked_s)
+            return length
+        self.known.discard((key,))
+        self.counts.add(Count.MISSES)
+        return None
 
     def write(self, key: PartKey, seal: Callable[[], memoryview]) -> bool:
         """Whether the part is there now. What `seal` gives is put, unless the tier has the part."""
@@ -122,7 +124,7 @@ class Tier:
 
     def reject(self, key: PartKey) -> None:
         """What came is not what was asked for."""
-        self.known.discard(key)
+        self.known.discard((key,))
         self.counts.add(Count.BAD)
         self._call(lambda: self._store.remove(key))
 
@@ -133,25 +135,23 @@ class Tier:
             answer = call()
         except StoreError as error:
             log.info("%s: %s", self.name, error)
-            self._fail()
+            self.counts.add(Count.ERRORS)
+            self.breaker.fail()
             return None
-        except BaseException:  # a bug of the store: the worker logs it
-            self._fail()
+        except Exception:  # a bug of the store, which the worker logs and counts
+            self.breaker.fail()
             raise
         self.breaker.succeed()
         return answer
 
-    def _fail(self) -> None:
-        self.counts.add(Count.ERRORS)
-        self.breaker.fail()
-
     # -------------------------------------------------------------------------------------- from anywhere
 
-    def refresh_usage(self) -> None:
-        """On one of the tier's threads."""
-        self._usage = self._call(self._store.usage) or self._usage
-
     def stats(self) -> TierStats:
+        """The usage is asked for now and then, and shown when the answer is there."""
+        now_s = self._clock.now()
+        if now_s - self._usage_s >= _USAGE_AGE_S:
+            self._usage_s = now_s
+            self.writers.post(Job(self._refresh_usage, lambda: None))
         return TierStats(
             self.name,
             self.counts.by_name(),
@@ -166,8 +166,14 @@ class Tier:
         """Waiting jobs are given up, running ones made to end."""
         self.readers.stop()
         self.writers.stop()
-        self._store.close()
+        try:
+            self._store.close()
+        except StoreError as error:
+            log.info("%s: %s", self.name, error)
 
     def join(self, timeout_s: float) -> bool:
         """After `stop`: whether all threads have ended."""
         return all([self.readers.join(timeout_s), self.writers.join(timeout_s)])
+
+    def _refresh_usage(self) -> None:
+        self._usage = self._call(self._store.usage) or self._usage

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from kvrelay_core.clock import Clock
 from kvrelay_transfer.tiers.host_store import HostStore
 from kvrelay_transfer.tiers.part_mover import PartMover
 from kvrelay_transfer.tiers.speed import Speed
 from kvrelay_transfer.tiers.tier import Tier
-from kvrelay_transfer.tiers.tier_stats import Counts, TierStats
+from kvrelay_transfer.tiers.tier_stats import Count, Counts, TierStats
 from kvrelay_transfer.tiers.workers import Workers
 from kvrelay_transfer.tiers.write_down import WriteDown
 
@@ -23,13 +24,14 @@ class HostTier:
         self.store = store
         self.counts = Counts()
         self.speed = Speed(clock)
-        self.readers = Workers("kvrelay-tier-host-r", num_readers, max_queued)
-        self.writers = Workers("kvrelay-tier-host-w", num_writers, max_queued)
+        on_bug = partial(self.counts.add, Count.ERRORS)
+        self.readers = Workers("kvrelay-tier-host-r", num_readers, max_queued, on_bug)
+        self.writers = Workers("kvrelay-tier-host-w", num_writers, max_queued, on_bug)
 
     def stats(self) -> TierStats:
         num_queued = self.readers.num_queued + self.writers.num_queued
         return TierStats(
-            self.store.name, self.counts.by_name(), self.store.usage(), num_queued, gb_per_s=self.speed.gb_per_s
+            self.store.name, self.counts.by_name(), self.store.occupancy(), num_queued, gb_per_s=self.speed.gb_per_s
         )
 
 

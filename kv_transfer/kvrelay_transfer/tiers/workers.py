@@ -28,8 +28,9 @@ class Job:
 class Workers:
     """Thread-safe. An exception of a job is logged and counted, and costs that job only."""
 
-    def __init__(self, name: str, num_threads: int, max_queued: int) -> None:
-        """Threads are named `name` and a number."""
+    def __init__(self, name: str, num_threads: int, max_queued: int, on_bug: Callable[[], None]) -> None:
+        """Threads are named `name` and a number. `on_bug` is called when a job raised."""
+        self._on_bug = on_bug
         self._max_queued = max_queued
         self._jobs: deque[Job] = deque()
         self._lock = threading.Lock()
@@ -38,7 +39,6 @@ class Workers:
         self._has_room = threading.Condition(self._lock)
         self._is_closed = False
         self._running: dict[int, float] = {}  # thread number to since when
-        self.num_bugs = 0
         self._threads = [
             threading.Thread(target=self._work, args=(number,), name=f"{name}{number}", daemon=True)
             for number in range(num_threads)
@@ -131,7 +131,6 @@ class Workers:
             call()
         except Exception:
             log.exception("a job of a tier failed")
-            with self._lock:
-                self.num_bugs += 1
+            self._on_bug()
             return False
         return True

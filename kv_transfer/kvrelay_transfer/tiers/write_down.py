@@ -1,11 +1,12 @@
 """Parts of host memory on their way to the tiers below: when they are whole, or before host memory evicts them.
 
 Never waits: what has no room in a tier's queue is dropped and counted. A part that waits to be written is lent, so it
-stays in host memory; queues are short enough to leave most of it free for others.
+stays in host memory; at most half of it is lent so.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from functools import partial
 
@@ -27,6 +28,7 @@ class WriteDown:
         self._tiers = tiers
         self._mover = mover
         self._num_ahead = max(1, min(_MAX_AHEAD, host.num_slots // 8))
+        self._may_lend = threading.Semaphore(max(1, host.num_slots // 2))
 
     def filled(self, key: PartKey) -> None:
         """The part is new in host memory."""
@@ -49,7 +51,7 @@ class WriteDown:
         for key in reversed(list(self._host.keys())):
             for tier in self._tiers:
                 if key not in tier.known and tier.can_write and tier.writers.wait_room(until_s - time.monotonic()):
-                    self._post(tier, key)
+                    self._post(tier, key, until_s)
 
     def _is_lacking(self, key: PartKey) -> bool:
         return any(key not in tier.known for tier in self._tiers)
@@ -58,22 +60,33 @@ class WriteDown:
         for tier in self._tiers:
             self._post(tier, key)
 
-    def _post(self, tier: Tier, key: PartKey) -> None:
+    def _post(self, tier: Tier, key: PartKey, until_s: float = 0.0) -> None:
         if not tier.known.claim(key):
             return
-        borrow = self._host.lend(key)
+        borrow = self._lend(key, until_s)
         if borrow is None:
             tier.known.settle(key, is_stored=False)
+            tier.counts.add(Count.DROPPED)
             return
         job = Job(partial(self._write, tier, borrow), partial(self._settle, tier, borrow, is_stored=False))
         if not tier.can_write or not tier.writers.post(job):
             job.give_up()
+
+    def _lend(self, key: PartKey, until_s: float) -> Borrow | None:
+        """Waits until then for others to be given back."""
+        if not self._may_lend.acquire(timeout=max(0.0, until_s - time.monotonic())):
+            return None
+        borrow = self._host.lend(key)
+        if borrow is None:
+            self._may_lend.release()
+        return borrow
 
     def _write(self, tier: Tier, borrow: Borrow) -> None:
         self._settle(tier, borrow, is_stored=self._mover.write(tier, borrow.part))
 
     def _settle(self, tier: Tier, borrow: Borrow, *, is_stored: bool) -> None:
         borrow.give_back()
+        self._may_lend.release()
         tier.known.settle(borrow.part.key, is_stored=is_stored)
         if not is_stored:
             tier.counts.add(Count.DROPPED)
