@@ -34,12 +34,14 @@ class TierChain:
         secret: bytes = b"",
         clock: Clock | None = None,
         limits: FetchLimits | None = None,
+        max_offers: int = 256,
     ) -> None:
-        """`tiers` fastest first. `codec` and `secret` are those that the namespaces of the records' keys tell of."""
+        """`tiers` fastest first. `codec` and `secret` are those that the namespaces of the records' keys tell of.
+        `max_offers` wait to be copied out of the pool."""
         clock = clock or MonotonicClock()
         mover = PartMover(host, codec=codec, secret=secret)
         write_down = WriteDown(host, tuple(tiers), mover)
-        self._stack = TierStack(HostTier(host, clock), tuple(tiers), mover, write_down, clock)
+        self._stack = TierStack(HostTier(host, clock, max_offers=max_offers), tuple(tiers), mover, write_down, clock)
         self._gatherer = Gatherer(self._stack)
         self._limits = limits or FetchLimits()
 

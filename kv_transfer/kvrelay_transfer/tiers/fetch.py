@@ -188,11 +188,10 @@ class Fetch:
 
     def _copy_from_host(self, index: int, borrow: Borrow) -> None:
         host = self._stack.host
-        with borrow as part:
-            begun_s = self._stack.clock.now()
+        with borrow as part, host.speed.measure(len(part.raw)) as arrived:
             is_loaded = self._deliver(index, part.raw)
             if is_loaded:
-                host.speed.record_arrival(len(part.raw), begun_s)
+                arrived()
                 host.counts.add(Count.HITS)
                 host.counts.add(Count.READ_BYTES, len(part.raw))
         self._finish(index, is_loaded)
@@ -209,7 +208,8 @@ class Fetch:
         is_loaded = False
         if self._is_wanted(index):
             num_parts = len(self._records[self._record(index)].keys)
-            loaded = self._stack.mover.load(tier, self._key(index), num_parts, self._part_bytes(index))
+            is_kept = self._stack.write_down.is_kept
+            loaded = self._stack.mover.load(tier, self._key(index), num_parts, self._part_bytes(index), is_kept)
             if loaded is not None:
                 try:
                     is_loaded = self._deliver(index, loaded.raw)

@@ -57,7 +57,7 @@ class Gatherer:
         host, key, raw_bytes = self._stack.host, record.keys[number], record.part_bytes[number]
         if key in host.store:
             return True
-        slot = host.store.reserve(raw_bytes)
+        slot = host.store.reserve(raw_bytes, self._stack.write_down.is_kept) or host.store.reserve(raw_bytes)
         if slot is None:
             host.counts.add(Count.DROPPED)
             return False

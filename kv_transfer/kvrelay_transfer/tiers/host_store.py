@@ -17,6 +17,8 @@ from kvrelay_transfer.tiers.part_format import HEADER_BYTES, BadPart, PartHeader
 from kvrelay_transfer.tiers.part_key import PartKey
 from kvrelay_transfer.tiers.part_store import PartStore, StoreError, StoreUsage
 
+_MAX_ASKED = 64  # parts, for one that may be evicted
+
 
 class Slot:
     """Reserved memory: it belongs to whoever reserved it until it is published or withdrawn."""
@@ -109,13 +111,18 @@ class HostStore(PartStore):
         """The largest raw part that fits."""
         return self._slab.slot_bytes - HEADER_BYTES
 
-    def reserve(self, raw_bytes: int) -> Slot | None:
-        """A slot to be filled, if need be that of the part whose turn it is. None: too large, or all are in use."""
+    def reserve(self, raw_bytes: int, may_evict: Callable[[PartKey], bool] | None = None) -> Slot | None:
+        """A slot to be filled, if need be that of the part whose turn it is. None: too large, or all are in use, or
+        those whose turn is near may not be evicted. `may_evict` is asked under the lock."""
         with self._lock:
             if self._is_closed or raw_bytes > self.max_part_bytes:
                 return None
-            if not self._free and not self._evict_one():
-                return None
+            if not self._free:
+                key = self._coldest(may_evict, _MAX_ASKED) if may_evict else self._order.victim(self._is_unborrowed)
+                if key is None:
+                    return None
+                self._drop(key)
+                self._num_evicted += 1
             index = self._free.pop()
         return Slot(index, self._slab.slot(index))
 
@@ -173,34 +180,33 @@ class HostStore(PartStore):
 
     def borrow_coldest(self, is_wanted: Callable[[PartKey], bool], max_asked: int) -> Borrow | None:
         """Of the parts that would be evicted next, the first that is wanted; `max_asked` are looked at. No use."""
+        with self._lock:
+            key = self._coldest(is_wanted, max_asked)
+            if key is None:
+                return None
+            part = self._parts[key]
+            part.num_borrows += 1
+        return Borrow(self, part)
+
+    def _coldest(self, is_wanted: Callable[[PartKey], bool], max_asked: int) -> PartKey | None:
         asked = 0
 
         def may_go(key: PartKey) -> bool:
             nonlocal asked
             asked += 1
-            return asked > max_asked or (self._parts[key].num_borrows == 0 and is_wanted(key))
+            return asked > max_asked or (self._is_unborrowed(key) and is_wanted(key))
 
-        with self._lock:
-            key = self._order.victim(may_go)
-            if key is None or asked > max_asked:
-                return None
-            part = self._parts[key]
-            part.num_borrows += 1
-        return Borrow(self, part)
+        key = self._order.victim(may_go)
+        return None if asked > max_asked else key
+
+    def _is_unborrowed(self, key: PartKey) -> bool:
+        return self._parts[key].num_borrows == 0
 
     def _give_back(self, part: HostPart) -> None:
         with self._lock:
             part.num_borrows -= 1
             if part.num_borrows == 0 and not part.is_published:
                 self._free.append(part.slot.index)
-
-    def _evict_one(self) -> bool:
-        key = self._order.victim(lambda key: self._parts[key].num_borrows == 0)
-        if key is None:
-            return False
-        self._drop(key)
-        self._num_evicted += 1
-        return True
 
     def _drop(self, key: PartKey) -> None:
         part = self._parts.pop(key)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+from collections.abc import Callable
 
 from kvrelay_transfer.tiers.codec import Codec
 from kvrelay_transfer.tiers.host_store import Borrow, HostPart, HostStore
@@ -38,9 +39,12 @@ class PartMover:
         self._secret = secret
         self._scratch = _Scratch(HEADER_BYTES + host.max_part_bytes)
 
-    def load(self, tier: Tier, key: PartKey, num_parts: int, raw_bytes: int) -> LoadedPart | None:
-        """None when the tier does not give it, whole and unharmed."""
-        slot = self._host.reserve(raw_bytes)
+    def load(
+        self, tier: Tier, key: PartKey, num_parts: int, raw_bytes: int, may_evict: Callable[[PartKey], bool]
+    ) -> LoadedPart | None:
+        """None when the tier does not give it, whole and unharmed. `may_evict` says which parts of host memory may
+        make way for one that can be loaded again at any time."""
+        slot = self._host.reserve(raw_bytes, may_evict)
         room = self._scratch.raw if slot is None else slot.room
         is_loaded = False
         try:
@@ -66,7 +70,7 @@ class PartMover:
         """The body, raw, behind room for a header, which comes along if no codec is used. All the room that there is
         is offered, so that a part that is too long is found to be bad."""
         sealed = room if self._codec is None else self._scratch.sealed
-        length = tier.get(wanted.key, sealed)
+        length = tier.get(wanted.key, sealed, wanted.raw_bytes)
         if length is None:
             return False
         found = open_part(wanted.key, sealed[:length], self._secret)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from kvrelay_core.clock import Clock
 
@@ -20,15 +22,31 @@ class Speed:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._arrived_s = 0.0  # when the last part came
+        self._num_begun = 0
+        self._under_way: dict[int, float] = {}  # number to since when
+        self._arrived_s = -math.inf  # when the last part came
         self._seconds_per_byte = _Average()
         self._latency_s = _Average()
 
-    def record_arrival(self, size_bytes: int, asked_s: float) -> None:
-        """A part came that was asked for at `asked_s`. Of several under way each took the time since the last one."""
+    @contextmanager
+    def measure(self, size_bytes: int) -> Iterator[Callable[[], None]]:
+        """While a part of about that size is under way; to be called when it has come. Of several at once each took
+        the time since the one before it came, which makes it the speed of all together."""
+        with self._lock:
+            self._num_begun += 1
+            number = self._num_begun
+            self._under_way[number] = self._clock.now()
+        try:
+            yield lambda: self._arrive(size_bytes)
+        finally:
+            with self._lock:
+                del self._under_way[number]
+
+    def _arrive(self, size_bytes: int) -> None:
         with self._lock:
             now_s = self._clock.now()
-            self._seconds_per_byte.record((now_s - max(asked_s, self._arrived_s)) / size_bytes, now_s)
+            since_s = max(self._arrived_s, min(self._under_way.values()))
+            self._seconds_per_byte.record((now_s - since_s) / size_bytes, now_s)
             self._arrived_s = now_s
 
     def record_latency(self, seconds: float) -> None:

@@ -97,13 +97,13 @@ class Tier:
             self.counts.add(Count.MISSES)
         return found
 
-    def get(self, key: PartKey, into: memoryview) -> int | None:
+    def get(self, key: PartKey, into: memoryview, raw_bytes: int) -> int | None:
         """The length of what is in `into`, unverified; None when nothing came."""
-        asked_s = self._clock.now()
-        length = self._call(lambda: self._store.get(key, into))
-        if length:
-            self.speed.record_arrival(length, asked_s)
-            return length
+        with self.speed.measure(raw_bytes) as arrived:
+            length = self._call(lambda: self._store.get(key, into))
+            if length is not None:
+                arrived()
+                return length
         self.known.discard((key,))
         self.counts.add(Count.MISSES)
         return None

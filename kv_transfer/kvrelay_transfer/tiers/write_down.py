@@ -39,12 +39,16 @@ class WriteDown:
 
     def make_way(self) -> None:
         """Writes the next part that is to be evicted and is nowhere else, if the time for that is near."""
-        if self._host.num_free >= self._num_ahead:
+        if not self._tiers or self._host.num_free >= self._num_ahead:
             return
         coldest = self._host.borrow_coldest(self._is_lacking, max_asked=2 * self._num_ahead)
         if coldest is not None:
             with coldest as part:
                 self._post_everywhere(part.key)
+
+    def is_kept(self, key: PartKey) -> bool:
+        """Some tier below has it, or will: evicting it from host memory loses nothing."""
+        return any(key in tier.known for tier in self._tiers)
 
     def write_all(self, until_s: float) -> None:
         """Whatever a tier lacks is written, newest first, until then (`time.monotonic`). Waits for room in queues."""
