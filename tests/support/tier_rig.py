@@ -11,7 +11,6 @@ from handoff_sides import wait_until
 
 from kvrelay_core.clock import ManualClock
 from kvrelay_transfer.tiers.chain import TierChain
-from kvrelay_transfer.tiers.codec import Codec
 from kvrelay_transfer.tiers.eviction import Eviction
 from kvrelay_transfer.tiers.fake_store import FakeStore
 from kvrelay_transfer.tiers.fetch import Fetch, FetchLimits
@@ -19,6 +18,7 @@ from kvrelay_transfer.tiers.host_slab import HostSlab
 from kvrelay_transfer.tiers.host_store import HostStore
 from kvrelay_transfer.tiers.part_format import HEADER_BYTES, PartHeader, seal_part
 from kvrelay_transfer.tiers.part_key import KeyMaker, PartKey
+from kvrelay_transfer.tiers.part_mover import Codec
 from kvrelay_transfer.tiers.part_store import PartStore
 from kvrelay_transfer.tiers.records import Record, RecordDestination
 from kvrelay_transfer.tiers.tier import Tier, TierLimits, WritePolicy
@@ -169,10 +169,13 @@ class FetchRig:
 
         wait_until(is_there)
 
-    def finish(self) -> int:
-        """Polls until it is terminal; checks every byte of what is loaded, and returns how many records are."""
+    def poll_to_the_end(self) -> None:
         self.poll_until(lambda: self.fetch.is_terminal)
         assert self.fetch.is_over
+
+    def finish(self) -> int:
+        """Polls until it is terminal; checks every byte of what is loaded, and returns how many records are."""
+        self.poll_to_the_end()
         for record, destination in zip(self.records[: self.fetch.num_loaded], self.destinations, strict=False):
             parts = [destination.parts[part] for part in range(len(record.keys))]
             assert parts == [raw_of(record, part) for part in range(len(record.keys))]

@@ -178,6 +178,11 @@ class HostStore(PartStore):
         with self._lock:
             return next((index for index, key in enumerate(keys) if key not in self._parts), len(keys))
 
+    def oldest_first(self) -> list[PartKey]:
+        """All that are here, in the order in which they came; of a closed store none."""
+        with self._lock:
+            return list(self._parts)
+
     def borrow_coldest(self, is_wanted: Callable[[PartKey], bool], max_asked: int) -> Borrow | None:
         """Of the parts that would be evicted next, the first that is wanted; `max_asked` are looked at. No use."""
         with self._lock:
@@ -257,9 +262,8 @@ class HostStore(PartStore):
                 self._drop(key)
 
     def keys(self) -> Iterator[PartKey]:
-        with self._lock:
-            self._check_open()
-            return iter(list(self._parts))
+        self._check_open()
+        return iter(self.oldest_first())
 
     def clear(self) -> int:
         with self._lock:

@@ -52,7 +52,7 @@ class WriteDown:
 
     def write_all(self, until_s: float) -> None:
         """Whatever a tier lacks is written, newest first, until then (`time.monotonic`). Waits for room in queues."""
-        for key in reversed(list(self._host.keys())):
+        for key in reversed(self._host.oldest_first()):
             for tier in self._tiers:
                 if key not in tier.known and tier.can_write and tier.writers.wait_room(until_s - time.monotonic()):
                     self._post(tier, key, until_s)
