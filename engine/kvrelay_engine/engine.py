@@ -37,7 +37,7 @@ from kvrelay_engine.failed_steps import FailedSteps
 from kvrelay_engine.handoff_reader import HandoffArrived, HandoffBroken
 from kvrelay_engine.handoff_source import HandoffSource
 from kvrelay_engine.intake import EngineLimits, Intake
-from kvrelay_engine.prefix_cache import PrefixCache
+from kvrelay_engine.prefix_cache import make_cache
 from kvrelay_engine.prefix_messages import LookupPrefix
 from kvrelay_engine.remote_kv import PullEnded, RemoteKv
 from kvrelay_engine.sampler import SampledToken, Sampler
@@ -64,7 +64,7 @@ class Engine:
         self._throughput = Throughput()
         self._output = StepOutput(parts.emit)
         sliding = make_sliding(config, parts, lambda: self.remote_kv.num_sliding_held)
-        self._cache = PrefixCache(parts.pool, parts.layout, parts.identity.model_fingerprint, sliding)
+        self._cache = make_cache(parts, sliding)
         self._branching = Branching(parts, sliding)
         self.source = HandoffSource(
             parts.pool, parts.layout, parts.identity, parts.signer, config.lease, config.max_pinned_share, parts.clock,

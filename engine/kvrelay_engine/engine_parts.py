@@ -10,6 +10,7 @@ from kvrelay_engine.block_pool import BlockPool
 from kvrelay_engine.engine_identity import EngineIdentity
 from kvrelay_engine.engine_media import EngineMedia
 from kvrelay_engine.kv_group import KvGroup, SlotWriter
+from kvrelay_engine.kv_tiers import KvTiers
 from kvrelay_engine.messages import Event
 from kvrelay_engine.runner import Runner
 from kvrelay_transfer.block_digest import BlockDigester
@@ -39,4 +40,5 @@ class EngineParts:
     sliding: KvGroup | None = None  # of the layers that see the last tokens only, where there are both kinds
     device: str = "cpu"  # the kind that the pool is on
     media: EngineMedia = field(default_factory=EngineMedia)
+    tiers: KvTiers | None = None  # of the full group; not where there is a sliding one
     synchronize: Callable[[], None] = lambda: None

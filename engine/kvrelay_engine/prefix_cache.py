@@ -2,14 +2,15 @@
 
 The map itself is the BlockPool's; here are its rules: hits in whole hash units that leave at least one token
 to compute (PROTOCOL A3), and only sealed blocks enter (A2). Where a model has a sliding group as well, a hit has all
-blocks of the full group, and of the sliding one those that the token behind it sees. Knows nothing of scheduling or
-hand-offs.
+blocks of the full group, and of the sliding one those that the token behind it sees. What is sealed is offered to the
+tiers, where there are any. Knows nothing of scheduling or hand-offs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
+from typing import TYPE_CHECKING
 
 from kvrelay_core.errors import InternalError
 from kvrelay_core.hashing import root_hash
@@ -17,7 +18,11 @@ from kvrelay_core.request import MediaReference
 from kvrelay_engine.block_pool import NULL_BLOCK, BlockPool
 from kvrelay_engine.sequence import HashChain, Sequence
 from kvrelay_engine.sliding_blocks import SlidingBlocks
+from kvrelay_engine.tier_stores import TierStores
 from kvrelay_transfer.layout import KvLayout
+
+if TYPE_CHECKING:
+    from kvrelay_engine.engine_parts import EngineParts
 
 
 def find_hit(pool: BlockPool, layout: KvLayout, sliding: SlidingBlocks | None, keys: SequenceOf[bytes]) -> list[int]:
@@ -30,12 +35,23 @@ def find_hit(pool: BlockPool, layout: KvLayout, sliding: SlidingBlocks | None, k
     return found[: num_units * blocks_per_unit]
 
 
+def make_cache(parts: EngineParts, sliding: SlidingBlocks | None) -> PrefixCache:
+    stores = None if parts.tiers is None else TierStores(parts.tiers)
+    return PrefixCache(parts.pool, parts.layout, parts.identity.model_fingerprint, sliding, stores)
+
+
 class PrefixCache:
     def __init__(
-        self, pool: BlockPool, layout: KvLayout, model_fingerprint: bytes, sliding: SlidingBlocks | None = None
+        self,
+        pool: BlockPool,
+        layout: KvLayout,
+        model_fingerprint: bytes,
+        sliding: SlidingBlocks | None = None,
+        stores: TierStores | None = None,
     ) -> None:
         self._pool = pool
         self._sliding = sliding
+        self._stores = stores
         self._layout = layout
         self._model_fingerprint = model_fingerprint
 
@@ -75,6 +91,8 @@ class PrefixCache:
             raise InternalError(f"a KV block of request {sequence.request.id} was reused while its step ran")
         sequence.num_computed += num_tokens
         self.publish(sequence)
+        if self._stores is not None:
+            self._stores.sealed(sequence)
         if self._sliding is not None:
             self._sliding.slide(sequence)
 

@@ -1,9 +1,10 @@
-"""What comes here from other engines, under one front: hand-offs by ticket, prefixes by hint, embeddings.
+"""What comes here from elsewhere, under one front: hand-offs by ticket, prefixes by hint or from tiers, embeddings.
 
     begin    whether a request has to wait for KV from elsewhere before it is scheduled; for embeddings it does not
     poll     what has come, was lost, or is not waited for any longer
 
-They differ in what a loss means: a lost hand-off or embedding goes back to the router, a lost prefix is computed.
+They differ in what a loss means: a lost hand-off or embedding goes back to the router, a lost prefix is computed. What
+another engine still has comes first, then what the tiers have beyond it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from kvrelay_engine.scheduler import Scheduler
 from kvrelay_engine.sequence import EngineRequest, Sequence
 from kvrelay_engine.sliding_blocks import SlidingBlocks
 from kvrelay_engine.throughput import Throughput
+from kvrelay_engine.tier_loads import TierLoads
 from kvrelay_transfer.connectors.base import Transfer
 
 
@@ -69,6 +71,7 @@ class RemoteKv:
             scheduler.reserve_spare, model_fingerprint=fingerprint, limits=PullLimits(wait_s=config.prefix_wait_s),
             sliding=sliding_pulls,
         )  # fmt: skip
+        self.loads = TierLoads(parts.tiers, parts.pool, cache, throughput, parts.clock, scheduler.reserve_spare)
 
     def begin(self, request: EngineRequest, command: Prefill | Decode) -> bool:
         """Raises MismatchError when the command's tickets are not for its tokens, this model or this layout; and as
@@ -78,7 +81,8 @@ class RemoteKv:
         if isinstance(command, Decode) and command.ticket is not None:
             self.reader.open(request.trunk, command.ticket)
             return True
-        return command.hint is not None and self.pulls.begin(request.trunk, command.hint)
+        is_pulled = command.hint is not None and self.pulls.begin(request.trunk, command.hint)
+        return is_pulled or self.loads.begin(request.trunk)
 
     def handle(self, command: Command) -> None:
         if isinstance(command, PrefixFound):
@@ -102,12 +106,14 @@ class RemoteKv:
         return outcomes
 
     def _poll(self) -> list[RemoteOutcome]:
-        return [*self.reader.poll(), *map(PullEnded, self.pulls.poll()), *self.media.poll()]
+        pulled = [sequence for sequence in self.pulls.poll() if not self.loads.begin(sequence)]
+        return [*self.reader.poll(), *map(PullEnded, pulled + self.loads.poll()), *self.media.poll()]
 
     def abort(self, request_id: int, reason: ReleaseReason = ReleaseReason.CANCELLED) -> None:
         """Gives up what the request waits for, and all blocks of it. Idempotent."""
         self.reader.abort(request_id, reason)
         self.pulls.abort(request_id)
+        self.loads.abort(request_id)
 
     def close(self) -> None:
         self.reader.close()
@@ -116,7 +122,7 @@ class RemoteKv:
     @property
     def is_busy(self) -> bool:
         """Something progresses by itself: poll often."""
-        return self.reader.is_busy or self.pulls.is_busy or self.media.is_busy
+        return self.reader.is_busy or self.pulls.is_busy or self.loads.num_transfers > 0 or self.media.is_busy
 
     @property
     def poll_s(self) -> float:
@@ -126,8 +132,9 @@ class RemoteKv:
 
     @property
     def num_transfers(self) -> int:
-        """Reads that are not terminal, quarantined ones included."""
-        return self.reader.num_transfers + self.pulls.num_transfers + self.media.num_transfers
+        """Reads and loads that are not terminal, quarantined ones included."""
+        num_reads = self.reader.num_transfers + self.pulls.num_transfers + self.media.num_transfers
+        return num_reads + self.loads.num_transfers
 
     def pulled_blocks(self) -> dict[int, int]:
         """Per request id of a hand-off in progress."""
@@ -141,7 +148,7 @@ class RemoteKv:
     @property
     def num_quarantined(self) -> int:
         """Blocks of the full group that only a read given up still owns."""
-        return self.reader.num_quarantined + self.pulls.num_quarantined
+        return self.reader.num_quarantined + self.pulls.num_quarantined + self.loads.num_quarantined
 
     @property
     def stale_reads(self) -> int:

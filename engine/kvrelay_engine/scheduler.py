@@ -283,7 +283,8 @@ class Scheduler:
 
     def reserve_spare(self, num_blocks: int) -> list[int] | None:
         """Blocks that nobody is short of, for KV that may be of use; None when there are not so many."""
-        is_short = num_blocks and (self.waiting or num_blocks + self._watermark() > self._pool.num_free)
+        wanted = sum(self._layout.blocks_for(len(sequence.tokens)) for sequence in self.waiting)
+        is_short = num_blocks and num_blocks + wanted + self._watermark() > self._pool.num_free
         return None if is_short else self._pool.reserve(num_blocks)
 
     def reserve_spare_sliding(self, num_blocks: int) -> list[int] | None:

@@ -74,6 +74,7 @@ class Sequence:
     num_computed: int = 0  # tokens whose KV is in the pool
     num_published: int = 0  # blocks offered to the prefix cache so far
     num_cached: int = 0  # tokens that came from the prefix cache or a hand-off
+    num_offered: int = 0  # chunks that the tiers were offered, or need not be
     blocks: list[int] = field(default_factory=list)
     sliding: list[int] = field(default_factory=list)  # of the sliding group, by position; null where none is held
     num_slid: int = 0  # entries at the start of `sliding` that are null for good

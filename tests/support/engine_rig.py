@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +24,7 @@ from kvrelay_engine.engine_identity import EngineIdentity
 from kvrelay_engine.engine_media import EngineMedia
 from kvrelay_engine.engine_parts import EngineParts
 from kvrelay_engine.kv_group import KvGroup
+from kvrelay_engine.kv_tiers import KvTiers
 from kvrelay_transfer.connectors.base import PeerInfo, PoolOffer
 from kvrelay_transfer.connectors.memory import MemoryConnector, MemoryFabric
 from kvrelay_transfer.layout import KvLayout
@@ -89,9 +91,10 @@ class EngineRig:
         media: EngineMedia | None = None,
         window: int = 0,
         sliding_blocks: int = 64,
+        make_tiers: Callable[[PoolMemory, ManualClock], KvTiers] | None = None,
         **changes: Any,
     ) -> None:
-        """With a `window` there is a second group, of `sliding_blocks`."""
+        """With a `window` there is a second group, of `sliding_blocks`. Tiers are closed with the rig."""
         config = make_config(role, **changes)
         layout = fake_layout(config.block_tokens, config.hash_unit_tokens)
         epoch = secrets.token_bytes(16)
@@ -109,6 +112,7 @@ class EngineRig:
             sliding_pool = self._add_sliding(sliding_layout, sliding_blocks, fabric)
         self.runner = FakeRunner(self.memory.tensor, sliding_pool, window)
         self.events: list[messages.Event] = []
+        self.tiers = None if make_tiers is None else make_tiers(self.memory, self.clock)
         self.engine = Engine(
             config,
             EngineParts(
@@ -123,6 +127,7 @@ class EngineRig:
                 emit=self.events.append,
                 media=media or EngineMedia(),
                 sliding=self.sliding,
+                tiers=self.tiers,
             ),
         )
         self.peer = PeerInfo(config.address, epoch, FINGERPRINT, layout, (self.connector.offer(),), self._more_pools())
@@ -220,6 +225,8 @@ class EngineRig:
 
     def close(self) -> None:
         self.engine.close()
+        if self.tiers is not None:
+            self.tiers.chain.close()
         self.connector.close()
         for memory in self._memories:
             memory.close()
