@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import NamedTuple
 
 
 def integer(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
@@ -33,6 +34,41 @@ def number(minimum: float, maximum: float | None = None) -> Callable[[str], floa
         return value
 
     return parse
+
+
+def size(text: str) -> int:
+    """Bytes: 4GiB, 512MiB, 1.5TiB, or a number of them."""
+    number, unit = text[:-3], text[-3:]
+    if unit not in _UNITS:
+        number, unit = text, ""
+    try:
+        value = float(number) * _UNITS.get(unit, 1)
+        if not 1 <= value < 1 << 60:
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 4GiB or 512MiB") from None
+    return int(value)
+
+
+_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+
+
+class SizedFolder(NamedTuple):
+    path: str
+    size_bytes: int
+
+
+def sized_folder(text: str) -> str:
+    """The text itself, which `split_sized_folder` takes apart."""
+    split_sized_folder(text)
+    return text
+
+
+def split_sized_folder(text: str) -> SizedFolder:
+    path, colon, size_text = text.rpartition(":")
+    if not colon or not path:
+        raise argparse.ArgumentTypeError(f"{text!r} is not DIR:SIZE, such as /var/cache/kvrelay:20GiB")
+    return SizedFolder(path, size(size_text))
 
 
 port = integer(0, 65535)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 
 from kvrelay_cli import flag_types
+from kvrelay_cli.tier_flags import add_tier_flags
 from kvrelay_core.errors import ConfigError
 
 CONNECTORS = ("auto", "cuda_ipc", "shm", "nixl", "ucx", "grpc")
@@ -32,6 +33,11 @@ WORKER_FLAGS = (
     "--embedding-mib",
     "--max-patches",
     "--decode-threads",
+    "--host-cache",
+    "--disk-cache",
+    "--redis-url",
+    "--redis-password-file",
+    "--cache-secret-file",
 )
 # What `up` hands to the router as it is.
 ROUTER_FLAGS = ("--served-model-name", "--api-key-file", "--placement", "--media-url-hosts")
@@ -127,7 +133,7 @@ def add_worker_flags(parser: argparse.ArgumentParser) -> None:
         "--prefix-wait",
         type=flag_types.number(0.0),
         metavar="SECONDS",
-        help="longest wait for KV that another worker has of a prompt; 0: never (default: as computing it would take)",
+        help="longest wait for KV that others or tiers have of a prompt; 0: never (default: what computing takes)",
     )
     group.add_argument(
         "--digest-share",
@@ -136,6 +142,7 @@ def add_worker_flags(parser: argparse.ArgumentParser) -> None:
         help="share of KV blocks that are checked to the byte after a hand-off, at some cost (default 0: words alone)",
     )
     _add_image_flags(group)
+    add_tier_flags(parser)
 
 
 def _add_image_flags(group: argparse._ArgumentGroup) -> None:

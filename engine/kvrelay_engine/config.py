@@ -16,6 +16,7 @@ from msgspec import Struct
 from kvrelay_core.errors import ConfigError
 from kvrelay_transfer.layout import ELEMENT_BYTES
 from kvrelay_transfer.ticket import LeaseTerms
+from kvrelay_transfer.tiers.tier_config import TierConfig
 
 DTYPES = ("auto", *(name for name in ELEMENT_BYTES if not name.startswith("float8")))
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
@@ -57,11 +58,12 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     max_pinned_share: float = 0.8  # of the pool, by the tickets of this engine
     reserve_budget_s: float = 2.0  # how long a hand-off may wait for blocks before it is refused
-    prefix_wait_s: float | None = None  # for another worker's KV; None: as long as computing takes; 0: never
+    prefix_wait_s: float | None = None  # for KV of others and of tiers; None: as long as computing takes; 0: never
     resume_timeout_s: float = 10.0  # how long a lost hand-off waits for Resume or Abort
     lease: LeaseTerms = LeaseTerms()
     digest_share: float = 0.0  # of sealed blocks, that readers can check to the byte
     staging_slots: int = 8  # of the ring between this process and its service
+    tiers: TierConfig = TierConfig()  # where KV lives on when the pool has no room for it
 
     # In host memory: an encoder's cache of embeddings; a prefill worker's pool to read them into, where its model takes
     # images.
@@ -96,6 +98,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         self._check_names()
         self._check_sizes()
         self._check_shares_and_times()
+        self.tiers.validate()
 
     def _check_names(self) -> None:
         for name in ("model", "worker_id", "address", "run_dir"):

@@ -27,7 +27,7 @@ from kvrelay_engine.scheduler import Scheduler
 from kvrelay_engine.sequence import EngineRequest, Sequence
 from kvrelay_engine.sliding_blocks import SlidingBlocks
 from kvrelay_engine.throughput import Throughput
-from kvrelay_engine.tier_loads import TierLoads
+from kvrelay_engine.tier_loads import LoadLimits, TierLoads
 from kvrelay_transfer.connectors.base import Transfer
 
 
@@ -71,7 +71,10 @@ class RemoteKv:
             scheduler.reserve_spare, model_fingerprint=fingerprint, limits=PullLimits(wait_s=config.prefix_wait_s),
             sliding=sliding_pulls,
         )  # fmt: skip
-        self.loads = TierLoads(parts.tiers, parts.pool, cache, throughput, parts.clock, scheduler.reserve_spare)
+        self.loads = TierLoads(
+            parts.tiers, parts.pool, cache, throughput, parts.clock, scheduler.reserve_spare,
+            LoadLimits(wait_s=config.prefix_wait_s),
+        )  # fmt: skip
 
     def begin(self, request: EngineRequest, command: Prefill | Decode) -> bool:
         """Raises MismatchError when the command's tickets are not for its tokens, this model or this layout; and as

@@ -27,6 +27,7 @@ from kvrelay_engine.media_startup import build_media, media_traits
 from kvrelay_engine.messages import Event, Started
 from kvrelay_engine.model_runner import ModelRunner
 from kvrelay_engine.models.layers.linear import linear_for_prompts, linear_for_tokens
+from kvrelay_engine.tier_startup import build_tiers
 from kvrelay_engine.warm_up import warm_up
 from kvrelay_transfer.connectors.base import ConnectorOffer, PoolOffer
 from kvrelay_transfer.ticket import TicketSigner
@@ -72,6 +73,7 @@ def build_engine(config: EngineConfig, clock: Clock, emit: Callable[[Event], Non
         sliding=kv.sliding,
         device=kv.memories[0].device,
         media=media,
+        tiers=build_tiers(config.tiers, kv, loaded.fingerprint, clock, stack),
         synchronize=_synchronizer(loaded.device),
     )
     engine = Engine(config, parts)

@@ -29,6 +29,7 @@ Reserve = Callable[[int], list[int] | None]
 
 
 class LoadLimits(Struct, frozen=True):
+    wait_s: float | None = None  # 0: never; None: as long as computing would take, within the bounds below
     min_wait_s: float = 0.05
     max_wait_s: float = 10.0
     unmeasured_wait_s: float = 2.0  # while nobody knows how long computing takes
@@ -93,7 +94,7 @@ class TierLoads:
 
     def begin(self, sequence: TokenSequence) -> bool:
         """Whether the request waits for a load. False: nothing is to be gained, schedule it now."""
-        if self._tiers is None or self._is_crowded:
+        if self._tiers is None or self._is_crowded or self._limits.wait_s == 0:
             return False
         cached = self._cache.match(sequence)
         chunks = self._tiers.kv.chunks
@@ -150,6 +151,8 @@ class TierLoads:
         """When to stop waiting. If nothing comes until then, all uncached tokens have to be computed; where the first
         token can still be in time then, it is to be."""
         limits, now_s = self._limits, self._clock.now()
+        if limits.wait_s is not None:
+            return now_s + limits.wait_s
         compute_s = self._throughput.seconds_for(num_wanted)
         wait_s = min(max(compute_s, limits.min_wait_s), limits.max_wait_s) if compute_s else limits.unmeasured_wait_s
         promised_s = sequence.request.first_token_by_s
@@ -161,7 +164,7 @@ class TierLoads:
     def _is_worth(self, num_chunks: int, seconds: float) -> bool:
         assert self._tiers is not None
         compute_s = self._throughput.seconds_for(num_chunks * self._tiers.kv.chunks.chunk_tokens)
-        return not compute_s or seconds < compute_s
+        return self._limits.wait_s is not None or not compute_s or seconds < compute_s
 
     def _take_room(self, load: _Load, first: int, end: int) -> list[RecordDestination] | None:
         assert self._tiers is not None and first == len(load.rooms)

@@ -19,6 +19,7 @@ from kvrelay_cli.flags import (
     add_worker_flags,
     require,
 )
+from kvrelay_cli.tier_flags import tier_config
 from kvrelay_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -185,6 +186,7 @@ def _engine_config(args: argparse.Namespace) -> EngineConfig:
         device=device,
         connectors=(args.connector,),
         block_tokens=args.block_tokens,
+        tiers=tier_config(args),
         **_without_none(given),
     )
 

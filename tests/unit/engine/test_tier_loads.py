@@ -203,6 +203,19 @@ def test_what_is_faster_computed_is_computed(rig: TieredRig, store: LastingStore
     rig.check()
 
 
+@pytest.mark.parametrize(("wait_s", "num_cached"), [(0.0, 0), (5.0, 5 * CHUNK_TOKENS)])
+def test_the_wait_can_be_set_and_be_none_at_all(store: LastingStore, wait_s: float, num_cached: int) -> None:
+    rig = TieredRig(store, prefix_wait_s=wait_s)
+    rig.engine._throughput.record(num_tokens=1000, seconds=1e-6)
+    for tier in rig.chain._stack.tiers:
+        tier.speed.record_latency(0.5)
+    rig.prefill(1, make_generation(PROMPT))
+    rig.settle()
+    assert answer(rig) == (next_token(PROMPT), num_cached)
+    rig.check()
+    rig.close()
+
+
 def test_without_room_it_is_computed(rig: TieredRig) -> None:
     taken = rig.pool.reserve(rig.pool.num_free - 8)
     rig.prefill(1, make_generation(PROMPT))

@@ -1,0 +1,52 @@
+"""Puts tiers together as their configuration says: the stores, fastest first, and the chain over them.
+
+What is wrong with folders, files or sizes comes out of here as a ConfigError; a Redis that cannot be reached does not:
+it may come. A library that only one store needs is imported when that store is made.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kvrelay_core.clock import Clock
+from kvrelay_transfer.tiers.chain import TierChain
+from kvrelay_transfer.tiers.host_slab import HostSlab
+from kvrelay_transfer.tiers.host_store import HostStore
+from kvrelay_transfer.tiers.kv_chunks import KvChunks
+from kvrelay_transfer.tiers.part_key import KeyMaker
+from kvrelay_transfer.tiers.part_store import PartStore
+from kvrelay_transfer.tiers.tier import Tier
+from kvrelay_transfer.tiers.tier_config import TierConfig
+
+_PASSING_BYTES = 256 << 20  # of host memory that parts only move through
+
+
+def make_stores(config: TierConfig) -> list[PartStore]:
+    """Those below host memory. Raises ConfigError, and nothing is left open then."""
+    stores: list[PartStore] = []
+    if config.disk_dir:
+        from kvrelay_transfer.tiers.disk_store import DiskStore
+
+        stores.append(DiskStore(Path(config.disk_dir), config.disk_bytes))
+    return stores
+
+
+def make_chain(config: TierConfig, max_part_bytes: int, clock: Clock, *, is_pinned: bool) -> TierChain:
+    """For parts of up to so many raw bytes; `is_pinned`: a GPU copies to and from host memory. Raises ConfigError."""
+    secret = config.read_secret()
+    host_bytes = _PASSING_BYTES if config.host_bytes is None else config.host_bytes
+    slab = HostSlab(host_bytes, max_part_bytes, is_pinned=is_pinned)
+    tiers = [Tier(store, clock) for store in make_stores(config)]
+    return TierChain(HostStore(slab, secret=secret), tiers, secret=secret, clock=clock)
+
+
+def kv_keys(chunks: KvChunks, model_fingerprint: bytes, secret: bytes) -> KeyMaker:
+    """Of everything that the bytes of a chunk depend on but its tokens. The size of blocks is not among it: prefill and
+    decode may share what they store and cut their pools differently."""
+    layout = chunks.layout
+    numbers = (
+        layout.num_layers, layout.num_kv_heads, layout.head_dim, layout.tp_size, layout.tp_rank, layout.window,
+        chunks.chunk_tokens, chunks.part_layers,
+    )  # fmt: skip
+    fields = (b"kv", model_fingerprint, layout.dtype.encode(), *(str(number).encode() for number in numbers))
+    return KeyMaker(fields, secret)
