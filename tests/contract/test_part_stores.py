@@ -91,7 +91,8 @@ def test_a_part_that_is_put_again_is_here_once(bench: StoreBench) -> None:
     put(bench.store, key_of(1))
     once = bench.store.usage()
     put(bench.store, key_of(1), key_of(1))
-    assert bench.store.usage() == once
+    again = bench.store.usage()
+    assert again == once if bench.is_bounded else again.num_parts == once.num_parts
     assert got(bench.store, key_of(1)) == part_of(key_of(1))
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from pathlib import Path
 
+from redis_servers import RedisServer
+
 from kvrelay_transfer.tiers.disk_store import DiskStore
 from kvrelay_transfer.tiers.fake_store import FakeStore
 from kvrelay_transfer.tiers.host_slab import HostSlab
 from kvrelay_transfer.tiers.host_store import HostStore
 from kvrelay_transfer.tiers.part_key import PartKey
 from kvrelay_transfer.tiers.part_store import PartStore
+from kvrelay_transfer.tiers.redis_store import RedisStore
+from kvrelay_transfer.tiers.redis_targets import parse_redis_url
 
 
 class StoreBench(ABC):
@@ -72,4 +76,26 @@ class DiskBench(StoreBench):
         found.write_bytes(part)
 
 
-BENCHES: dict[str, type[StoreBench]] = {"disk": DiskBench, "fake": FakeBench, "host": HostBench}
+class RedisBench(StoreBench):
+    is_bounded = False  # Redis bounds itself
+    is_durable = True
+
+    def __init__(self, directory: Path) -> None:
+        self._server = RedisServer(directory / "redis")
+        self._server.start()
+        super().__init__(directory)
+
+    def open(self, capacity_bytes: int = 0) -> RedisStore:
+        return RedisStore(parse_redis_url(self._server.url), timeout_s=10.0)
+
+    def close(self) -> None:
+        super().close()
+        self._server.kill()
+
+
+BENCHES: dict[str, type[StoreBench]] = {
+    "disk": DiskBench,
+    "fake": FakeBench,
+    "host": HostBench,
+    "redis": RedisBench,
+}
