@@ -22,13 +22,22 @@ _PASSING_BYTES = 256 << 20  # of host memory that parts only move through
 
 
 def make_stores(config: TierConfig) -> list[PartStore]:
-    """Those below host memory. Raises ConfigError, and nothing is left open then."""
+    """Those below host memory. Raises ConfigError."""
     stores: list[PartStore] = []
     if config.disk_dir:
         from kvrelay_transfer.tiers.disk_store import DiskStore
 
         stores.append(DiskStore(Path(config.disk_dir), config.disk_bytes))
+    if config.redis_url:
+        stores.append(_make_redis(config))
     return stores
+
+
+def _make_redis(config: TierConfig) -> PartStore:
+    from kvrelay_transfer.tiers.redis_store import RedisStore
+    from kvrelay_transfer.tiers.redis_targets import parse_redis_url
+
+    return RedisStore(parse_redis_url(config.redis_url, config.read_password()))
 
 
 def make_chain(config: TierConfig, max_part_bytes: int, clock: Clock, *, is_pinned: bool) -> TierChain:
