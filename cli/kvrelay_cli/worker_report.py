@@ -11,6 +11,7 @@ from kvrelay.v1 import inference_pb2, worker_pb2
 from kvrelay.v1.inference_pb2_grpc import InferenceServiceStub
 from kvrelay.v1.worker_pb2_grpc import WorkerServiceStub
 from kvrelay_cli.table import lines_of
+from kvrelay_cli.tier_report import tier_lines
 from kvrelay_core.errors import ConfigError, KvRelayError
 from kvrelay_core.rpc.channel import CHANNEL_OPTIONS, TlsFiles
 from kvrelay_core.rpc.status import error_from_rpc
@@ -119,6 +120,10 @@ def lines_of_worker(answer: dict[str, Any]) -> Iterator[str]:
     yield handoff_line(load)
     yield ""
     yield from link_lines(load.get("links", []))
+    if load["tiers"]:
+        yield ""
+        yield f"{load['tier_blocks_loaded']} blocks loaded from tiers"
+        yield from tier_lines(load["tiers"])
 
 
 def encoder_lines(load: dict[str, Any]) -> Iterator[str]:

@@ -51,6 +51,8 @@ class EngineLoad:
             handoff_s=self._remote_kv.reader.handoff_s,
             stale_reads=self._remote_kv.stale_reads,
             prefix_blocks_pulled=self._remote_kv.pulls.num_pulled_blocks,
+            tier_blocks_loaded=self._remote_kv.loads.num_loaded_blocks,
+            tiers=self._remote_kv.loads.report(),
             failed_reads=sum(group.peers.failed_reads for group in self._remote_kv.reader.groups),
             fallbacks=sum(group.peers.fallbacks for group in self._remote_kv.reader.groups),
             digests_checked=sum(group.num_digests_checked for group in self._remote_kv.reader.groups),

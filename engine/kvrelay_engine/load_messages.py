@@ -38,6 +38,29 @@ class LinkLoad(Struct, frozen=True, kw_only=True):
     counts: ReadCounts
 
 
+class TierLoad(Struct, frozen=True, kw_only=True):
+    """One tier of KV, since the engine's start; of a shared one what this engine did. Counts are of parts."""
+
+    tier: str
+    hits: int = 0
+    misses: int = 0
+    bad: int = 0  # damaged, truncated or foreign
+    read_bytes: int = 0
+    written: int = 0
+    written_bytes: int = 0
+    errors: int = 0  # calls that failed
+    dropped: int = 0  # not stored: no room, too much waiting, or the tier is left alone
+    stale: int = 0  # not stored: the block was given away meanwhile
+    queued: int = 0  # now, reads and writes
+    is_left_alone: bool = False  # after errors, for a while
+    times_left_alone: int = 0
+    parts: int = 0  # there now, as far as was asked lately
+    used_bytes: int = 0
+    capacity_bytes: int = 0  # 0: it bounds itself
+    evicted: int = 0
+    gb_per_s: float = 0.0  # of reads; 0.0: none yet
+
+
 class Load(Struct, frozen=True, kw_only=True):
     """What the engine holds now. All but blocks_total, blocks_cached and the counters are 0 when idle."""
 
@@ -63,9 +86,11 @@ class Load(Struct, frozen=True, kw_only=True):
     stale_reads: int = 0
     expired_leases: int = 0
     prefix_blocks_pulled: int = 0
+    tier_blocks_loaded: int = 0
     failed_reads: int = 0
     fallbacks: int = 0
     digests_checked: int = 0  # of blocks that were read
     digests_wrong: int = 0
     links: tuple[LinkLoad, ...] = ()
     connectors: tuple[ConnectorLoad, ...] = ()
+    tiers: tuple[TierLoad, ...] = ()

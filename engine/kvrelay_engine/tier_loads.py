@@ -19,6 +19,7 @@ from msgspec import Struct
 from kvrelay_core.clock import Clock
 from kvrelay_engine.block_pool import BlockPool
 from kvrelay_engine.kv_tiers import KvTiers
+from kvrelay_engine.load_messages import TierLoad
 from kvrelay_engine.prefix_cache import PrefixCache
 from kvrelay_engine.sequence import Sequence as TokenSequence
 from kvrelay_engine.throughput import Throughput
@@ -89,6 +90,9 @@ class TierLoads:
     def num_quarantined(self) -> int:
         """Blocks that only a load given up still owns."""
         return sum(len(one.blocks) for one in self._given_up)
+
+    def report(self) -> tuple[TierLoad, ...]:
+        return () if self._tiers is None else self._tiers.loads()
 
     # --------------------------------------------------------------------------------------- begin to end
 

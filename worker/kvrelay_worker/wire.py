@@ -6,6 +6,8 @@ well-formed ticket is genuine is the issuing engine's business.
 
 from __future__ import annotations
 
+import msgspec
+
 from kvrelay.v1 import common_pb2 as pb
 from kvrelay.v1 import kv_source_pb2 as source_pb
 from kvrelay.v1 import worker_pb2
@@ -15,7 +17,7 @@ from kvrelay_core.hashing import HASH_BYTES
 from kvrelay_core.request import ErrorInfo
 from kvrelay_core.rpc import wire as core_wire
 from kvrelay_core.rpc.status import error_from_detail, error_to_detail
-from kvrelay_engine.load_messages import ConnectorLoad, LinkLoad, Load
+from kvrelay_engine.load_messages import ConnectorLoad, LinkLoad, Load, TierLoad
 from kvrelay_engine.messages import ReleaseReason
 from kvrelay_transfer.connectors.base import ConnectorOffer
 from kvrelay_transfer.layout import KvLayout
@@ -201,6 +203,11 @@ def connector_to_wire(load: ConnectorLoad) -> worker_pb2.ConnectorReport:
     )
 
 
+def tier_to_wire(tier: TierLoad) -> worker_pb2.TierReport:
+    fields = msgspec.structs.asdict(tier)
+    return worker_pb2.TierReport(left_alone=fields.pop("is_left_alone"), **fields)
+
+
 def load_to_wire(load: Load, *, streams: int, tasks: int, draining: bool) -> worker_pb2.WatchLoadResponse:
     return worker_pb2.WatchLoadResponse(
         requests_waiting=load.requests_waiting,
@@ -227,11 +234,13 @@ def load_to_wire(load: Load, *, streams: int, tasks: int, draining: bool) -> wor
         stale_reads=load.stale_reads,
         expired_leases=load.expired_leases,
         prefix_blocks_pulled=load.prefix_blocks_pulled,
+        tier_blocks_loaded=load.tier_blocks_loaded,
         failed_reads=load.failed_reads,
         fallbacks=load.fallbacks,
         digests_checked=load.digests_checked,
         digests_wrong=load.digests_wrong,
         links=map(link_to_wire, load.links),
         connectors=map(connector_to_wire, load.connectors),
+        tiers=map(tier_to_wire, load.tiers),
         tasks=tasks,
     )

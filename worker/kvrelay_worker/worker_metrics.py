@@ -11,6 +11,7 @@ from typing import NamedTuple
 from opentelemetry import metrics
 from opentelemetry.metrics import CallbackOptions, Observation
 
+from kvrelay_engine.load_messages import TierLoad
 from kvrelay_engine.messages import Load
 from kvrelay_worker.worker import Worker
 
@@ -48,6 +49,35 @@ COUNTERS = (
     Reading("kvrelay.kv.fallbacks", "{fallback}", lambda load: load.fallbacks),
     Reading("kvrelay.kv.digests_checked", "{block}", lambda load: load.digests_checked),
     Reading("kvrelay.kv.digests_wrong", "{block}", lambda load: load.digests_wrong),
+    Reading("kvrelay.kv.tier_blocks_loaded", "{block}", lambda load: load.tier_blocks_loaded),
+)
+
+
+class TierReading(NamedTuple):
+    name: str
+    unit: str
+    of: Callable[[TierLoad], float]
+
+
+# The same of each tier.
+TIER_GAUGES = (
+    TierReading("kvrelay.tier.parts", "{part}", lambda tier: tier.parts),
+    TierReading("kvrelay.tier.used", "By", lambda tier: tier.used_bytes),
+    TierReading("kvrelay.tier.capacity", "By", lambda tier: tier.capacity_bytes),
+    TierReading("kvrelay.tier.queued", "{call}", lambda tier: tier.queued),
+    TierReading("kvrelay.tier.left_alone", "1", lambda tier: tier.is_left_alone),
+    TierReading("kvrelay.tier.read_speed", "GBy/s", lambda tier: tier.gb_per_s),
+)
+TIER_COUNTERS = (
+    TierReading("kvrelay.tier.hits", "{part}", lambda tier: tier.hits),
+    TierReading("kvrelay.tier.misses", "{part}", lambda tier: tier.misses),
+    TierReading("kvrelay.tier.bad", "{part}", lambda tier: tier.bad),
+    TierReading("kvrelay.tier.read", "By", lambda tier: tier.read_bytes),
+    TierReading("kvrelay.tier.written", "By", lambda tier: tier.written_bytes),
+    TierReading("kvrelay.tier.errors", "{call}", lambda tier: tier.errors),
+    TierReading("kvrelay.tier.dropped", "{part}", lambda tier: tier.dropped),
+    TierReading("kvrelay.tier.stale", "{part}", lambda tier: tier.stale),
+    TierReading("kvrelay.tier.evicted", "{part}", lambda tier: tier.evicted),
 )
 
 
@@ -58,8 +88,20 @@ def observe(worker: Worker) -> None:
         meter.create_observable_gauge(reading.name, [_callback(worker, reading)], reading.unit)
     for reading in COUNTERS:
         meter.create_observable_counter(reading.name, [_callback(worker, reading)], reading.unit)
+    for of_tier in TIER_GAUGES:
+        meter.create_observable_gauge(of_tier.name, [_tier_callback(worker, of_tier)], of_tier.unit)
+    for of_tier in TIER_COUNTERS:
+        meter.create_observable_counter(of_tier.name, [_tier_callback(worker, of_tier)], of_tier.unit)
 
 
 def _callback(worker: Worker, reading: Reading) -> Callable[[CallbackOptions], Iterable[Observation]]:
     attributes = {"kvrelay.role": worker.config.role}
     return lambda options: [Observation(reading.of(worker.engine.load), attributes)]
+
+
+def _tier_callback(worker: Worker, reading: TierReading) -> Callable[[CallbackOptions], Iterable[Observation]]:
+    role = worker.config.role
+    return lambda options: [
+        Observation(reading.of(tier), {"kvrelay.role": role, "kvrelay.tier": tier.tier})
+        for tier in worker.engine.load.tiers
+    ]

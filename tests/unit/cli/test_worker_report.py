@@ -16,6 +16,7 @@ from kvrelay.v1 import inference_pb2, worker_pb2
 from kvrelay.v1.common_pb2 import EmbeddingLayout
 from kvrelay.v1.inference_pb2_grpc import InferenceServiceServicer, add_InferenceServiceServicer_to_server
 from kvrelay_cli.main import main
+from kvrelay_cli.tier_report import tier_lines
 from kvrelay_cli.worker_report import ask_worker, fields_of, handoff_line, lines_of_worker, link_lines
 from kvrelay_core.errors import ConfigError, WorkerLostError
 
@@ -90,6 +91,15 @@ def test_a_line_for_each_link() -> None:
 def test_the_proto_has_what_a_line_shows() -> None:
     names = {field.name for field in worker_pb2.LinkReport.DESCRIPTOR.fields}
     assert names == set(LINK)
+
+
+def test_a_line_for_each_tier() -> None:
+    host = worker_pb2.TierReport(tier="host", parts=3, used_bytes=1 << 30, capacity_bytes=4 << 30, hits=5, gb_per_s=9.5)
+    redis = worker_pb2.TierReport(tier="redis", errors=7, left_alone=True)
+    header, first, second = tier_lines([fields_of(host), fields_of(redis)])
+    assert header.split()[:2] == ["tier", "parts"]
+    assert first.split()[:7] == ["host", "3", "1.00", "4.00", "5", "0", "9.50"]
+    assert second.split()[:4] == ["redis", "0", "0.00", "-"] and second.endswith("LEFT ALONE after errors")
 
 
 class RouterLike(InferenceServiceServicer):

@@ -15,7 +15,7 @@ from kvrelay.v1 import kv_source_pb2
 from kvrelay_core.error_info import info_of
 from kvrelay_core.errors import InvalidRequestError, MismatchError, PoolExhaustedError
 from kvrelay_core.request import AttemptId
-from kvrelay_engine.load_messages import ConnectorLoad, LinkLoad, Load, ReadCounts
+from kvrelay_engine.load_messages import ConnectorLoad, LinkLoad, Load, ReadCounts, TierLoad
 from kvrelay_engine.messages import ReleaseReason
 from kvrelay_transfer.ticket import GroupBlocks, KvTicket, LeaseTerms, TicketSigner
 from kvrelay_worker import wire
@@ -126,12 +126,21 @@ def test_release_reasons_and_errors_round_trip() -> None:
 
 
 def test_every_count_of_the_load_reaches_the_wire() -> None:
-    names = [name for name in Load.__struct_fields__ if name not in ("links", "connectors")]
+    names = [name for name in Load.__struct_fields__ if name not in ("links", "connectors", "tiers")]
     counts = {name: number for number, name in enumerate(names, start=1)}
     load = msgspec.convert(counts, Load)
     message = wire.load_to_wire(load, streams=50, tasks=60, draining=True)
     assert {name: getattr(message, name) for name in counts} == counts
     assert (message.streams, message.tasks, message.draining) == (50, 60, True)
+
+
+def test_every_count_of_a_tier_reaches_the_wire() -> None:
+    names = [name for name in TierLoad.__struct_fields__ if name not in ("tier", "is_left_alone")]
+    counts = {name: number for number, name in enumerate(names, start=1)}
+    tier = msgspec.convert({"tier": "redis", "is_left_alone": True, **counts}, TierLoad)
+    (report,) = wire.load_to_wire(Load(tiers=(tier,)), streams=0, tasks=0, draining=False).tiers
+    assert {name: getattr(report, name) for name in counts} == counts
+    assert (report.tier, report.left_alone) == ("redis", True)
 
 
 COUNTS = ReadCounts(

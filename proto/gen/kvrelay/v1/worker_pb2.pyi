@@ -181,6 +181,8 @@ class WatchLoadResponse(_message.Message):
     EMBEDDINGS_EVICTED_FIELD_NUMBER: _builtins.int
     DIGESTS_CHECKED_FIELD_NUMBER: _builtins.int
     DIGESTS_WRONG_FIELD_NUMBER: _builtins.int
+    TIER_BLOCKS_LOADED_FIELD_NUMBER: _builtins.int
+    TIERS_FIELD_NUMBER: _builtins.int
     requests_waiting: _builtins.int
     requests_waiting_remote_kv: _builtins.int
     requests_running: _builtins.int
@@ -216,6 +218,8 @@ class WatchLoadResponse(_message.Message):
     digests_checked: _builtins.int
     """Of blocks that were read: those whose digest was compared, and those that had arrived otherwise than they were sealed."""
     digests_wrong: _builtins.int
+    tier_blocks_loaded: _builtins.int
+    """Of blocks whose KV was loaded from tiers before anything was computed."""
     @_builtins.property
     def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___LinkReport]:
         """One for each peer and each connector that connected to it, until the peer goes or starts anew."""
@@ -223,6 +227,10 @@ class WatchLoadResponse(_message.Message):
     @_builtins.property
     def connectors(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConnectorReport]:
         """The same counts for each connector since the engine's start, over peers that have gone too."""
+
+    @_builtins.property
+    def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierReport]:
+        """Host memory first; none where the worker has no tiers."""
 
     def __init__(
         self,
@@ -258,14 +266,99 @@ class WatchLoadResponse(_message.Message):
         embeddings_evicted: _builtins.int = ...,
         digests_checked: _builtins.int = ...,
         digests_wrong: _builtins.int = ...,
+        tier_blocks_loaded: _builtins.int = ...,
+        tiers: _abc.Iterable[Global___TierReport] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_cached", b"blocks_cached", "blocks_in_use", b"blocks_in_use", "blocks_pinned", b"blocks_pinned", "blocks_quarantined", b"blocks_quarantined", "blocks_total", b"blocks_total", "connectors", b"connectors", "digests_checked", b"digests_checked", "digests_wrong", b"digests_wrong", "draining", b"draining", "embedding_blocks", b"embedding_blocks", "embedding_hits", b"embedding_hits", "embedding_items", b"embedding_items", "embeddings_evicted", b"embeddings_evicted", "expired_leases", b"expired_leases", "failed_reads", b"failed_reads", "fallbacks", b"fallbacks", "handoff_bytes", b"handoff_bytes", "handoff_s", b"handoff_s", "leases", b"leases", "links", b"links", "prefix_blocks_pulled", b"prefix_blocks_pulled", "requests_running", b"requests_running", "requests_waiting", b"requests_waiting", "requests_waiting_remote_kv", b"requests_waiting_remote_kv", "sliding_blocks", b"sliding_blocks", "stale_reads", b"stale_reads", "steps", b"steps", "streams", b"streams", "tasks", b"tasks", "tokens_queued", b"tokens_queued", "transfers", b"transfers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_cached", b"blocks_cached", "blocks_in_use", b"blocks_in_use", "blocks_pinned", b"blocks_pinned", "blocks_quarantined", b"blocks_quarantined", "blocks_total", b"blocks_total", "connectors", b"connectors", "digests_checked", b"digests_checked", "digests_wrong", b"digests_wrong", "draining", b"draining", "embedding_blocks", b"embedding_blocks", "embedding_hits", b"embedding_hits", "embedding_items", b"embedding_items", "embeddings_evicted", b"embeddings_evicted", "expired_leases", b"expired_leases", "failed_reads", b"failed_reads", "fallbacks", b"fallbacks", "handoff_bytes", b"handoff_bytes", "handoff_s", b"handoff_s", "leases", b"leases", "links", b"links", "prefix_blocks_pulled", b"prefix_blocks_pulled", "requests_running", b"requests_running", "requests_waiting", b"requests_waiting", "requests_waiting_remote_kv", b"requests_waiting_remote_kv", "sliding_blocks", b"sliding_blocks", "stale_reads", b"stale_reads", "steps", b"steps", "streams", b"streams", "tasks", b"tasks", "tier_blocks_loaded", b"tier_blocks_loaded", "tiers", b"tiers", "tokens_queued", b"tokens_queued", "transfers", b"transfers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchLoadResponse: _TypeAlias = WatchLoadResponse  # noqa: Y015
+
+@_typing.final
+class TierReport(_message.Message):
+    """One tier of KV. Counts are of parts of at most 4 MiB, since the engine's start; of a tier that workers share, they are
+    what this one did.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIER_FIELD_NUMBER: _builtins.int
+    HITS_FIELD_NUMBER: _builtins.int
+    MISSES_FIELD_NUMBER: _builtins.int
+    BAD_FIELD_NUMBER: _builtins.int
+    READ_BYTES_FIELD_NUMBER: _builtins.int
+    WRITTEN_FIELD_NUMBER: _builtins.int
+    WRITTEN_BYTES_FIELD_NUMBER: _builtins.int
+    ERRORS_FIELD_NUMBER: _builtins.int
+    DROPPED_FIELD_NUMBER: _builtins.int
+    STALE_FIELD_NUMBER: _builtins.int
+    QUEUED_FIELD_NUMBER: _builtins.int
+    LEFT_ALONE_FIELD_NUMBER: _builtins.int
+    TIMES_LEFT_ALONE_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
+    USED_BYTES_FIELD_NUMBER: _builtins.int
+    CAPACITY_BYTES_FIELD_NUMBER: _builtins.int
+    EVICTED_FIELD_NUMBER: _builtins.int
+    GB_PER_S_FIELD_NUMBER: _builtins.int
+    tier: _builtins.str
+    hits: _builtins.int
+    misses: _builtins.int
+    bad: _builtins.int
+    """Damaged, truncated or foreign: a miss, too."""
+    read_bytes: _builtins.int
+    written: _builtins.int
+    written_bytes: _builtins.int
+    errors: _builtins.int
+    """Calls that failed."""
+    dropped: _builtins.int
+    """Not stored: there was no room, too much waited, or the tier was left alone."""
+    stale: _builtins.int
+    """Not stored: the block was given away before it was copied."""
+    queued: _builtins.int
+    """Reads and writes that wait now."""
+    left_alone: _builtins.bool
+    """After errors the tier is not asked for a while."""
+    times_left_alone: _builtins.int
+    parts: _builtins.int
+    """What is there, as far as the worker asked lately."""
+    used_bytes: _builtins.int
+    capacity_bytes: _builtins.int
+    """0: the tier bounds itself."""
+    evicted: _builtins.int
+    gb_per_s: _builtins.float
+    """Of reads, measured; 0: none yet."""
+    def __init__(
+        self,
+        *,
+        tier: _builtins.str = ...,
+        hits: _builtins.int = ...,
+        misses: _builtins.int = ...,
+        bad: _builtins.int = ...,
+        read_bytes: _builtins.int = ...,
+        written: _builtins.int = ...,
+        written_bytes: _builtins.int = ...,
+        errors: _builtins.int = ...,
+        dropped: _builtins.int = ...,
+        stale: _builtins.int = ...,
+        queued: _builtins.int = ...,
+        left_alone: _builtins.bool = ...,
+        times_left_alone: _builtins.int = ...,
+        parts: _builtins.int = ...,
+        used_bytes: _builtins.int = ...,
+        capacity_bytes: _builtins.int = ...,
+        evicted: _builtins.int = ...,
+        gb_per_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bad", b"bad", "capacity_bytes", b"capacity_bytes", "dropped", b"dropped", "errors", b"errors", "evicted", b"evicted", "gb_per_s", b"gb_per_s", "hits", b"hits", "left_alone", b"left_alone", "misses", b"misses", "parts", b"parts", "queued", b"queued", "read_bytes", b"read_bytes", "stale", b"stale", "tier", b"tier", "times_left_alone", b"times_left_alone", "used_bytes", b"used_bytes", "written", b"written", "written_bytes", b"written_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TierReport: _TypeAlias = TierReport  # noqa: Y015
 
 @_typing.final
 class LinkReport(_message.Message):
