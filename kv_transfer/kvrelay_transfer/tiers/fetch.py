@@ -58,7 +58,7 @@ class Fetch:
         self._first_part = list(accumulate((len(record.keys) for record in records), initial=0))
         self._lock = threading.Lock()
         keys = [key for record in records for key in record.keys]
-        self._search = PartSearch(stack, keys, self._lock, self._advance)
+        self._search = PartSearch(stack, keys, until_s, self._lock, self._advance)
         self._rooms: list[RecordDestination] = []  # of the first records
         self._end = len(records)  # records from here on are given up
         self._missing = [len(record.keys) for record in records]  # parts that are not loaded

@@ -5,7 +5,9 @@ Knows no keys and no owners (`host_store.py`).
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import weakref
 
 import torch
 
@@ -31,23 +33,24 @@ class HostSlab:
                 "lower --host-cache",
                 needed_bytes=size_bytes,
             )
-        self._view = _pinned(size_bytes) if is_pinned else _pageable(size_bytes)
+        mapping = mmap.mmap(-1, size_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+        if is_pinned:
+            _pin(mapping)
+        self._view = memoryview(mapping)
 
     def slot(self, index: int) -> memoryview:
         return self._view[index * self.slot_bytes : (index + 1) * self.slot_bytes]
 
 
-def _pageable(size_bytes: int) -> memoryview:
-    mapping = mmap.mmap(-1, size_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    mapping.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(mapping)
-
-
-def _pinned(size_bytes: int) -> memoryview:
-    try:
-        tensor = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
-    except RuntimeError as error:
+def _pin(mapping: mmap.mmap) -> None:
+    """Until the mapping is gone. Not by torch, which rounds what it pins up to a power of two."""
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+    code = int(runtime.cudaHostRegister(address, len(mapping), 0))
+    if code != 0:
         raise ConfigError(
-            f"{size_bytes / GIB:.2f} GiB of host cache cannot be pinned: {error}; lower --host-cache"
-        ) from error
-    return memoryview(tensor.numpy()).cast("B")  # type: ignore[arg-type]  # numpy says so of writable arrays only
+            f"{len(mapping) / GIB:.2f} GiB of host cache cannot be pinned (CUDA error {code}); lower --host-cache"
+        )
+    unpin = weakref.finalize(mapping, runtime.cudaHostUnregister, address)
+    unpin.atexit = False  # the driver does what a process leaves

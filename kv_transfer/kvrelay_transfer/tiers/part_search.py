@@ -23,11 +23,18 @@ class PartSearch:
     """`places[i]` is the number of the tier that has part i, or HOST."""
 
     def __init__(
-        self, stack: TierStack, keys: Sequence[PartKey], lock: threading.Lock, progressed: Callable[[], None]
+        self,
+        stack: TierStack,
+        keys: Sequence[PartKey],
+        until_s: float,
+        lock: threading.Lock,
+        progressed: Callable[[], None],
     ) -> None:
-        """`progressed` is called under the lock, on threads of the tiers."""
+        """A tier that would hardly answer until then is not asked. `progressed` is called under the lock, on threads
+        of the tiers."""
         self._stack = stack
         self._keys = keys
+        self._until_s = until_s
         self._lock = lock
         self._progressed = progressed
         self._window = _FIRST_WINDOW
@@ -64,7 +71,7 @@ class PartSearch:
         self.is_over = True
 
     def _ask(self, index: int, tier: Tier) -> bool:
-        if not tier.can_read:
+        if not tier.can_read or self._stack.clock.now() + tier.speed.seconds_for(0) >= self._until_s:
             return False
         first = len(self.places)
         keys = self._keys[first : first + self._window]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from tier_rig import ChainRig, FakeSource, FetchRig, put, record_of, records_of
 
-from kvrelay_transfer.tiers.fake_store import FakeStore
+from kvrelay_transfer.tiers.fake_store import FakeStore, Fault
 from kvrelay_transfer.tiers.part_format import HEADER_BYTES, PartHeader, open_part, seal_part
 from kvrelay_transfer.tiers.records import Record
+from kvrelay_transfer.tiers.tier import WritePolicy
 
 
 def test_what_was_offered_comes_back_from_host_memory() -> None:
@@ -51,6 +54,34 @@ def test_nothing_to_fetch_is_over_at_once() -> None:
     with ChainRig() as rig:
         for fetch in (rig.fetch([]), rig.fetch(records_of(1))):
             assert fetch.fetch.is_terminal and fetch.fetch.num_loaded == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_two_workers_that_share_a_tier_under_faults(seed: int) -> None:
+    """Both offer and fetch what they like, host memory is small, the tier fails and evicts: all that is loaded is
+    right, and in the end nothing is lent and no slot lost."""
+    choose = random.Random(seed)
+    faults = dict.fromkeys((Fault.MISSING, Fault.TRUNCATED, Fault.FLIPPED, Fault.SWAPPED, Fault.TORN), 0.02)
+    disk, redis = (FakeStore(faults, name=name, seed=seed, capacity_bytes=200_000) for name in ("disk", "redis"))
+    policies = (WritePolicy.EVICTION, WritePolicy.COMPLETION)
+    with ChainRig(disk, redis, num_slots=24, policies=policies) as first, ChainRig(redis, num_slots=12) as second:
+        fetches: list[FetchRig] = []
+        num_loaded = 0
+        for _ in range(150):
+            rig = choose.choice((first, second))
+            run = records_of(*range(start := choose.randrange(30), start + choose.randrange(1, 12)))
+            if choose.random() < 0.5:
+                for record in run:
+                    rig.chain.offer(record, FakeSource(record))
+            else:
+                fetches.append(rig.fetch(run))
+            if len(fetches) > 6:
+                fetch = fetches.pop(choose.randrange(len(fetches)))
+                if choose.random() < 0.3:
+                    fetch.fetch.abort()
+                num_loaded += fetch.finish()
+        num_loaded += sum(fetch.finish() for fetch in fetches)
+        assert num_loaded > 20
 
 
 class EveryOther:

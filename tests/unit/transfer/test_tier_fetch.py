@@ -148,6 +148,25 @@ def test_the_estimate_grows_with_the_bytes_and_the_time_they_took() -> None:
         assert asked[0] > 1.0 and asked[1] == pytest.approx(2 * asked[0])
 
 
+def test_a_tier_that_was_too_slow_lately_is_not_asked_in_a_hurry() -> None:
+    store = GatedStore()
+    records = records_of(*range(3))
+    put(store, *records)
+    store.lookups.shut()
+    with ChainRig(store) as rig:
+        fetch = rig.fetch(records)
+        wait_until(lambda: store.lookups.num_waiting == 1)
+        rig.clock.advance(0.5)
+        store.lookups.open()
+        assert fetch.finish() == 3
+        rig.host.clear()
+        assert rig.fetch(records, until_s=0.9).fetch.is_terminal and store.calls["count_prefix"] == 1
+        assert rig.fetch(records, until_s=1.1).finish() == 3, "who can wait may ask"
+        rig.host.clear()
+        rig.clock.advance(60.0)
+        assert rig.fetch(records, until_s=60.9).finish() == 3, "it was long ago"
+
+
 def test_a_slow_load_costs_the_fetch_its_time_and_no_more() -> None:
     store = FakeStore(delay_s=60.0)
     records = records_of(*range(3))
