@@ -206,6 +206,20 @@ def test_an_aborted_fetch_is_terminal_when_nobody_copies_any_more() -> None:
         assert fetch.fetch.num_loaded == 0
 
 
+def test_what_lands_after_the_end_does_not_count() -> None:
+    with ChainRig() as rig:
+        records = records_of(1, 2, num_parts=1)
+        rig.offer(*records)
+        assert rig.chain.drain(10)
+        fetch = rig.fetch(records)
+        fetch.gate.shut()
+        fetch.poll_until(lambda: fetch.gate.num_waiting == 1)
+        fetch.fetch.abort()
+        fetch.gate.open()
+        fetch.poll_to_the_end()
+        assert fetch.destinations[0].parts and fetch.fetch.num_loaded == 0, "its blocks have been given up"
+
+
 def test_a_fetch_that_ended_early_is_terminal_when_later_records_are_not_written_any_more() -> None:
     store = FakeStore()
     store.num_readers = 2
@@ -236,6 +250,25 @@ def test_what_host_memory_evicts_meanwhile_is_searched_again() -> None:
         assert fetch.finish() == 2
         counts = rig.counts("fake")
         assert counts["hits"] + rig.counts("host")["hits"] == 4 and counts["hits"] >= 2
+
+
+def test_an_answer_about_what_was_searched_before_is_ignored() -> None:
+    store = GatedStore()
+    store.set_faults({Fault.FULL: 1.0})
+    records = records_of(1, 2, 3, 4)
+    with ChainRig(store, num_slots=4) as rig:
+        rig.offer(*records[:2])
+        assert rig.chain.drain(10)
+        store.set_faults({})
+        put(store, *records[2:])
+        store.lookups.shut()
+        fetch = rig.fetch(records)
+        wait_until(lambda: store.lookups.num_waiting == 1)
+        assert fetch.fetch.num_found == 2
+        assert rig.host.clear() == 4
+        fetch.fetch.poll()
+        store.lookups.open()
+        assert fetch.finish() == fetch.fetch.num_found == 0 and store.calls["get"] == 0
 
 
 def test_what_host_memory_evicts_and_nobody_else_has_ends_the_fetch() -> None:

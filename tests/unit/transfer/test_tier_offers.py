@@ -147,6 +147,17 @@ def test_what_is_known_is_not_stored_again() -> None:
         assert store.calls["put"] == 4
 
 
+def test_only_what_is_missing_of_a_record_is_copied() -> None:
+    with ChainRig() as rig:
+        record = record_of(1, num_parts=3)
+        rig.offer(record)
+        assert rig.chain.drain(10)
+        rig.host.remove(record.keys[1])
+        (source,) = rig.offer(record)
+        assert rig.chain.drain(10)
+        assert source.num_copies == 1 and rig.fetch([record]).finish() == 1
+
+
 def test_what_the_tier_has_already_is_not_put_again() -> None:
     store = FakeStore()
     record = record_of(1)
