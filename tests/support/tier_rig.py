@@ -187,7 +187,7 @@ class ChainRig:
 
     def __init__(
         self,
-        *stores: FakeStore,
+        *stores: PartStore,
         num_slots: int = 64,
         policies: Sequence[WritePolicy] = (),
         codec: Codec | None = None,

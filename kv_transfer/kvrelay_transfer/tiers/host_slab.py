@@ -24,6 +24,7 @@ class HostSlab:
 
     def __init__(self, capacity_bytes: int, max_part_bytes: int, *, is_pinned: bool = False) -> None:
         """As many slots for bodies of `max_part_bytes` as fit, one at least. Raises ConfigError for want of memory."""
+        self.is_pinned = is_pinned
         self.slot_bytes = -(-(HEADER_BYTES + max_part_bytes) // _ALIGNMENT) * _ALIGNMENT
         self.num_slots = max(1, capacity_bytes // self.slot_bytes)
         size_bytes = self.num_slots * self.slot_bytes

@@ -81,6 +81,8 @@ class HostStore(PartStore):
     name = "host"
 
     def __init__(self, slab: HostSlab, eviction: Eviction[PartKey] | None = None, *, secret: bytes = b"") -> None:
+        # A GPU's bus is filled by several copies under way, memory by one thread.
+        self.num_readers = self.num_writers = 3 if slab.is_pinned else 1
         self._slab = slab
         self._order: Eviction[PartKey] = eviction or Lru()
         self._secret = secret

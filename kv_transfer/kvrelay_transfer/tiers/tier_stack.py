@@ -20,15 +20,13 @@ _MAX_READS = 256  # that wait
 class HostTier:
     """Host memory with the threads that copy between it and the pool."""
 
-    def __init__(
-        self, store: HostStore, clock: Clock, *, num_readers: int = 1, num_writers: int = 1, max_offers: int
-    ) -> None:
+    def __init__(self, store: HostStore, clock: Clock, *, max_offers: int) -> None:
         self.store = store
         self.counts = Counts()
         self.speed = Speed(clock)
         on_bug = partial(self.counts.add, Count.ERRORS)
-        self.readers = Workers("kvrelay-tier-host-r", num_readers, _MAX_READS, on_bug)
-        self.writers = Workers("kvrelay-tier-host-w", num_writers, max_offers, on_bug)
+        self.readers = Workers("kvrelay-tier-host-r", store.num_readers, _MAX_READS, on_bug)
+        self.writers = Workers("kvrelay-tier-host-w", store.num_writers, max_offers, on_bug)
 
     def stats(self) -> TierStats:
         num_queued = self.readers.num_queued + self.writers.num_queued

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 from tier_rig import ChainRig, FakeSource, FetchRig, put, record_of, records_of
 
+from kvrelay_transfer.tiers.disk_store import DiskStore
 from kvrelay_transfer.tiers.fake_store import FakeStore, Fault
 from kvrelay_transfer.tiers.part_format import HEADER_BYTES, PartHeader, open_part, seal_part
 from kvrelay_transfer.tiers.records import Record
@@ -179,3 +181,14 @@ def test_a_part_that_is_longer_than_it_should_be_is_bad_and_can_be_stored_again(
         assert rig.chain.drain(10)
         rig.host.clear()
         assert rig.fetch([record]).finish() == 1
+
+
+def test_what_was_stored_on_disk_is_loaded_by_the_next_process(tmp_path: Path) -> None:
+    records = records_of(*range(12))
+    for loaded_before in (0, 12):
+        with ChainRig(DiskStore(tmp_path, 1 << 20)) as rig:
+            assert rig.fetch(records).finish() == loaded_before
+            for record in records:
+                rig.chain.offer(record, FakeSource(record))
+            assert rig.chain.drain(10)
+            assert rig.counts("disk")["hits"] == 2 * loaded_before
