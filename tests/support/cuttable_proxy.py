@@ -15,6 +15,7 @@ class CuttableProxy:
     def __init__(self, target: str) -> None:
         self.target = target
         self._bytes_per_s: float | None = None
+        self._delay_s = 0.0
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._refuses = False
@@ -38,6 +39,10 @@ class CuttableProxy:
         """Each direction of each connection passes no more than this."""
         self._bytes_per_s = bytes_per_s
 
+    def delay(self, round_trip_s: float) -> None:
+        """An answer comes so much later, however large it is."""
+        self._delay_s = round_trip_s / 2
+
     def retarget(self, target: str) -> None:
         """New connections lead to another process from now on."""
         self.target = target
@@ -46,6 +51,7 @@ class CuttableProxy:
         """What was held passes, where its connection still stands; new connections are taken again; all at speed."""
         self._refuses = False
         self._bytes_per_s = None
+        self._delay_s = 0.0
         self._flows.set()
 
     async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -82,6 +88,9 @@ class CuttableProxy:
                 await self._flows.wait()
                 if self._bytes_per_s is not None:
                     await asyncio.sleep(len(data) / self._bytes_per_s)
+                if self._delay_s:
+                    asyncio.get_running_loop().call_later(self._delay_s, sink.write, data)
+                    continue
                 sink.write(data)
                 await sink.drain()
             await self._flows.wait()

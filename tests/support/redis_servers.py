@@ -10,13 +10,14 @@ Nothing is kept on disk unless asked for, and no password is in a command line. 
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,6 +30,7 @@ from kvrelay_core.parent_death import parent_death_tie
 
 START_DEADLINE_S = 20.0
 _POLL_S = 0.01
+_PORTS = 20_000, 32_000
 
 
 def wait_until(condition: Any, what: str, deadline_s: float = START_DEADLINE_S) -> None:
@@ -112,7 +114,10 @@ class RedisProcess:
         watchdog.cancel()
         watchdog.join()
         assert seen and sign in seen[-1], f"redis-server did not start:\n{''.join(seen)}"
-        self._drain = threading.Thread(target=lambda: [None for _ in output], name=f"redis-log-{self.port}")
+        # A daemon: where nobody ended the server, the tests still end, and the server with them.
+        self._drain = threading.Thread(
+            target=lambda: [None for _ in output], name=f"redis-log-{self.port}", daemon=True
+        )
         self._drain.start()
 
     def _end(self, how: signal.Signals) -> None:
@@ -222,13 +227,13 @@ class RedisSentinel(RedisProcess):
 class RedisCluster:
     """Masters that share the slots evenly, without replicas. It takes two seconds to start, whatever one does."""
 
-    def __init__(self, directory: Path, num_servers: int = 3, password: str = "") -> None:
+    def __init__(self, directory: Path, *, password: str = "", lines: tuple[str, ...] = ()) -> None:
         self.servers = [
             RedisServer(
                 directory / f"node{index}", "cluster-enabled yes", f"cluster-config-file nodes-{index}.conf",
-                f"cluster-port {free_port()}", "cluster-node-timeout 2000", password=password,
+                f"cluster-port {free_port()}", "cluster-node-timeout 2000", *lines, password=password,
             )
-            for index in range(num_servers)
+            for index in range(3)
         ]  # fmt: skip
         self._started = ExitStack()
 
@@ -261,25 +266,35 @@ class RedisCluster:
             server.do("CLUSTER", "SETSLOT", slot, "NODE", self.id_of(to))
 
     def __enter__(self) -> RedisCluster:
-        for server in self.servers:
-            self._started.enter_context(server)
+        with ExitStack() as started:
+            for server in self.servers:
+                started.enter_context(server)
+            self._share_slots()
+            self.await_ready()
+            self._started = started.pop_all()
+        return self
+
+    def await_ready(self) -> None:
+        """After a server of it was started anew, too."""
+        wait_until(lambda: all(map(self._is_ready, self.servers)), "the servers make one cluster")
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._started.close()
+
+    def _share_slots(self) -> None:
         share = 16384 // len(self.servers) + 1
         for index, server in enumerate(self.servers):
             server.do("CLUSTER", "ADDSLOTSRANGE", index * share, min(16383, (index + 1) * share - 1))
             server.do("CLUSTER", "SET-CONFIG-EPOCH", index + 1)
         first, *others = self.servers
+        bus_port = int(first.do("CONFIG", "GET", "cluster-port")[1])
         for server in others:
-            bus_port = int(first.do("CONFIG", "GET", "cluster-port")[1])
             server.do("CLUSTER", "MEET", "127.0.0.1", first.port, bus_port)
-        wait_until(lambda: all(map(self._is_ready, self.servers)), "the servers make one cluster")
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._started.close()
 
     def _is_ready(self, server: RedisServer) -> bool:
         is_ok = b"cluster_state:ok" in server.do("CLUSTER", "INFO")
-        return is_ok and len(server.do("CLUSTER", "SLOTS")) == len(self.servers)
+        masters = {master[1] for _, _, master, *_ in server.do("CLUSTER", "SLOTS")}
+        return is_ok and len(masters) == len(self.servers)
 
     def _slots_of(self, server: RedisServer) -> set[int]:
         found: set[int] = set()
@@ -290,6 +305,10 @@ class RedisCluster:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Not one that the kernel gives to outgoing connections: it is to be free again when a server is started anew."""
+    while True:
+        port = random.SystemRandom().randrange(*_PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return port
