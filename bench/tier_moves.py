@@ -58,13 +58,11 @@ class Movers:
 
         return self._run_s(put, keys)
 
-    def get_s(self, keys: Sequence[PartKey], check: Callable[[PartKey, memoryview], None] | None = None) -> float:
-        """Seconds until all have come; `check` is done by the thread that got it."""
+    def get_s(self, keys: Sequence[PartKey]) -> float:
+        """Seconds until all have come."""
 
         def get(key: PartKey, room: memoryview) -> None:
             assert self._place.get(key, room) == len(self._value)
-            if check is not None:
-                check(key, room)
 
         return self._run_s(get, keys)
 

@@ -17,12 +17,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from kvrelay_transfer.tiers.disk_store import DiskStore
+from kvrelay_transfer.tiers.host_slab import HostSlab
+from kvrelay_transfer.tiers.host_store import HostStore
+from kvrelay_transfer.tiers.part_format import HEADER_BYTES
 from kvrelay_transfer.tiers.part_key import PartKey
+from kvrelay_transfer.tiers.part_store import PartStore
 
 
 class Place(Protocol):
@@ -157,16 +161,15 @@ class RawRedis:
         return found
 
 
+def host(around: Surroundings) -> HostStore:
+    return HostStore(HostSlab(around.room_bytes, around.value_bytes - HEADER_BYTES))
+
+
 def disk(around: Surroundings) -> DiskStore:
     return DiskStore(around.folder / "disk", around.room_bytes)
 
 
-class StoreKind(NamedTuple):
-    make: Callable[[Surroundings], Place]
-    num_readers: int
-
-
-STORES = {"disk": StoreKind(disk, DiskStore.num_readers)}
+STORES: dict[str, Callable[[Surroundings], PartStore]] = {"host": host, "disk": disk}
 # What the stores are compared with.
 _DIRECT = "raw files, O_DIRECT"
 RAW: dict[str, Callable[[Surroundings], Place]] = {

@@ -18,9 +18,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests" / "support")]
 
-import numpy as np  # noqa: E402
+import torch  # noqa: E402
 from measured import OthersCpu, print_table, provenance, write_result  # noqa: E402
-from tier_crossover import CHUNK_TOKENS, MODELS, prefill_seconds, prefill_speeds, use_for  # noqa: E402
+from tier_crossover import CHUNK_TOKENS, MODELS, ChainLoads, prefill_seconds, prefill_speeds  # noqa: E402
 from tier_moves import MIB, Movers, median_gb_per_s, sealed_value, value_keys  # noqa: E402
 from tier_places import (  # noqa: E402
     RAW,
@@ -35,7 +35,7 @@ from tier_places import (  # noqa: E402
     redis_server,
 )
 
-from kvrelay_transfer.tiers.part_format import HEADER_BYTES  # noqa: E402
+from kvrelay_transfer.layout import KvLayout  # noqa: E402
 
 SIZES_MIB = (1, 4, 8, 32)
 CONNECTIONS = (1, 4, 8)
@@ -106,49 +106,49 @@ class TiersBench:
         return rows
 
     def measure_crossover(self) -> dict[str, Any]:
-        compute_s, token_bytes = prefill_seconds(PROMPT_TOKENS)
-        part_tokens = 1 << (PART_BYTES // token_bytes).bit_length() - 1
-        loads: dict[str, dict[int, float]] = {}
-        speeds: dict[str, float] = {}
-        for name, (_, readers) in STORES.items():
-            whole = self._measure_loads(name, PART_BYTES, readers, [self._size_bytes // PART_BYTES])
-            parts = [count // part_tokens for count in PROMPT_TOKENS]
-            found = self._measure_loads(name, part_tokens * token_bytes, readers, parts)
-            for way in found:
-                loads[way] = dict(zip(PROMPT_TOKENS, found[way], strict=True))
-                speeds[way] = self._size_bytes / whole[way][0] / 1e9
+        compute_s, layout = prefill_seconds(PROMPT_TOKENS)
+        token_bytes = layout.block_bytes // layout.block_tokens
+        load_s: dict[str, dict[int, float]] = {}
+        for name in STORES:
+            load_s |= self._measure_loads(name, layout)
+        largest = max(PROMPT_TOKENS)
+        speeds = {way: largest * token_bytes / found[largest] / 1e9 for way, found in load_s.items()}
         return {
-            "model": {"token_bytes": token_bytes, "part_tokens": part_tokens, "chunk_tokens": CHUNK_TOKENS},
+            "model": {"token_bytes": token_bytes, "chunk_tokens": CHUNK_TOKENS, "threads": torch.get_num_threads()},
             "compute_s": compute_s,
-            "load_s": loads,
+            "load_s": load_s,
             "load_gb_per_s": speeds,
             "prefill_tokens_per_s": {way: prefill_speeds(speed) for way, speed in speeds.items()},
         }
 
-    def _measure_loads(self, name: str, part_bytes: int, readers: int, counts: list[int]) -> dict[str, list[float]]:
-        """Median seconds to get, verify and copy so many parts, with the bytes in memory and, for disks, not."""
-        value = sealed_value(part_bytes)
-        keys = value_keys(max(counts))
-        use = use_for(np.zeros((2 * readers, part_bytes - HEADER_BYTES), np.uint8))
-        found: dict[str, list[float]] = {}
-        with self._place(name, value, len(keys)) as place, Movers(place, value, readers) as movers:
-            movers.put_s(keys)
-            for way in (name, name + COLD) if is_on_disk(name) else (name,):
-                found[way] = []
-                for count in counts:
-                    seconds = []
-                    for _ in range(self._repeats):
-                        if way != name:
-                            make_cold(self._folder)
-                        seconds.append(movers.get_s(keys[:count], use))
-                    found[way].append(statistics.median(seconds))
+    def _measure_loads(self, name: str, layout: KvLayout) -> dict[str, dict[int, float]]:
+        """Median seconds by way and tokens; of disks with the files in memory, and not."""
+        largest = max(PROMPT_TOKENS)
+        room_bytes = 2 * largest // layout.block_tokens * layout.block_bytes
+        around = Surroundings(self._folder, self._redis_port, room_bytes, PART_BYTES)
+        loads = ChainLoads(layout, largest, None if name == "host" else STORES[name](around))
+
+        def seconds(count: int, is_cold: bool) -> float:
+            if name != "host":
+                loads.forget()
+            if is_cold:
+                make_cold(self._folder)
+            return loads.load_s(count)
+
+        found = {}
+        for way in (name, name + COLD) if is_on_disk(name) else (name,):
+            found[way] = {
+                count: statistics.median(seconds(count, way != name) for _ in range(self._repeats))
+                for count in PROMPT_TOKENS
+            }
+        loads.close()
         return found
 
     @contextlib.contextmanager
     def _place(self, name: str, value: memoryview, count: int) -> Iterator[Place]:
         """With room for so many values; it is empty before and after."""
         around = Surroundings(self._folder, self._redis_port, (count + 8) * (len(value) + 8192), len(value))
-        place = STORES[name].make(around) if name in STORES else RAW[name](around)
+        place = STORES[name](around) if name in STORES else RAW[name](around)
         try:
             yield place
             place.clear()
@@ -235,7 +235,7 @@ def move_rows(moves: list[dict[str, Any]], what: str) -> list[tuple[str, ...]]:
 
 def print_crossover(result: dict[str, Any]) -> None:
     ways = list(result["load_s"])
-    print("\nms to have the KV of a prompt, by computing (relay's model, on this CPU) and by loading and verifying:\n")
+    print("\nms to have the KV of a prompt, by computing (relay's model, this CPU) and by a fetch from tiers:\n")
     rows = [
         (
             str(count),
@@ -245,7 +245,7 @@ def print_crossover(result: dict[str, Any]) -> None:
         for count in PROMPT_TOKENS
     ]
     print_table(("tokens", "computing", *ways), rows)
-    print("\nTokens per second up to which computing is slower than loading in parts of 4 MiB, KV in 16 bits:\n")
+    print("\nTokens per second up to which computing is slower than such a fetch, KV in 16 bits:\n")
     header = ("model", *(f"{way}, {result['load_gb_per_s'][way]:.2f} GB/s" for way in ways))
     limits = result["prefill_tokens_per_s"]
     print_table(header, [(model, *(f"{limits[way][model]:.0f}" for way in ways)) for model in MODELS])
