@@ -1,20 +1,17 @@
 """Where `tiers.py` puts values: the stores, and beside each the least program that moves the same bytes.
 
-A place is a `PartStore` or looks like one to the bench. Those that nobody made yet are in no table.
+A place is a `PartStore`, or looks like one to the bench.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
 import socket
 import subprocess
-import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +24,8 @@ from kvrelay_transfer.tiers.host_store import HostStore
 from kvrelay_transfer.tiers.part_format import HEADER_BYTES
 from kvrelay_transfer.tiers.part_key import PartKey
 from kvrelay_transfer.tiers.part_store import PartStore
+from kvrelay_transfer.tiers.redis_store import RedisStore
+from kvrelay_transfer.tiers.redis_targets import parse_redis_url
 
 
 class Place(Protocol):
@@ -169,7 +168,11 @@ def disk(around: Surroundings) -> DiskStore:
     return DiskStore(around.folder / "disk", around.room_bytes)
 
 
-STORES: dict[str, Callable[[Surroundings], PartStore]] = {"host": host, "disk": disk}
+def redis(around: Surroundings) -> RedisStore:
+    return RedisStore(parse_redis_url(f"redis://127.0.0.1:{around.redis_port}"), timeout_s=60)
+
+
+STORES: dict[str, Callable[[Surroundings], PartStore]] = {"host": host, "disk": disk, "redis": redis}
 # What the stores are compared with.
 _DIRECT = "raw files, O_DIRECT"
 RAW: dict[str, Callable[[Surroundings], Place]] = {
@@ -198,22 +201,6 @@ def make_cold(folder: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-@contextlib.contextmanager
-def redis_server() -> Iterator[int]:
-    """One without persistence, on a free port of this host."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-    with tempfile.TemporaryDirectory(prefix="kvrelay-bench-") as folder:
-        words = f"redis-server --port {port} --bind 127.0.0.1 --appendonly no --loglevel warning --dir {folder}"
-        command = [*words.split(), "--save", ""]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-            try:
-                _wait_for(port)
-                yield port
-            finally:
-                process.terminate()
-
-
 def flush(port: int) -> int:
     with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         connection.sendall(b"FLUSHALL SYNC\r\n")
@@ -228,15 +215,3 @@ def redis_benchmark(port: int, operation: str, value_bytes: int, connections: in
     rates = re.findall(rf'^"{operation.upper()}","([0-9.]+)"', done.stdout, re.MULTILINE)
     assert len(rates) == 1, done.stdout
     return float(rates[0]) * value_bytes / 1e9
-
-
-def _wait_for(port: int) -> None:
-    deadline_s = time.monotonic() + 10
-    while True:
-        try:
-            flush(port)
-            return
-        except OSError:
-            if time.monotonic() > deadline_s:
-                raise
-            time.sleep(0.01)

@@ -20,6 +20,7 @@ sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests" / "support")]
 
 import torch  # noqa: E402
 from measured import OthersCpu, print_table, provenance, write_result  # noqa: E402
+from redis_servers import RedisServer  # noqa: E402
 from tier_crossover import CHUNK_TOKENS, MODELS, ChainLoads, prefill_seconds, prefill_speeds  # noqa: E402
 from tier_moves import MIB, Movers, median_gb_per_s, sealed_value, value_keys  # noqa: E402
 from tier_places import (  # noqa: E402
@@ -32,7 +33,6 @@ from tier_places import (  # noqa: E402
     make_cold,
     passes_by_memory,
     redis_benchmark,
-    redis_server,
 )
 
 from kvrelay_transfer.layout import KvLayout  # noqa: E402
@@ -48,8 +48,11 @@ COLD = ", from disk"
 def main() -> int:
     args = parse_args()
     others = OthersCpu()
-    with tempfile.TemporaryDirectory(prefix="kvrelay-bench-", dir=args.folder) as folder, redis_server() as port:
-        bench = TiersBench(args, Path(folder), port)
+    with (
+        tempfile.TemporaryDirectory(prefix="kvrelay-bench-", dir=args.folder) as folder,
+        RedisServer(Path(folder) / "redis") as redis,
+    ):
+        bench = TiersBench(args, Path(folder) / "values", redis.port)
         result: dict[str, Any] = {
             "provenance": provenance(),
             "settings": {"size_mib": args.size_mib, "repeats": args.repeats},
@@ -76,6 +79,7 @@ class TiersBench:
     def __init__(self, args: argparse.Namespace, folder: Path, redis_port: int) -> None:
         self._size_bytes = args.size_mib * MIB
         self._repeats = args.repeats
+        folder.mkdir()
         self._folder = folder
         self._redis_port = redis_port
 
