@@ -21,6 +21,7 @@ COMMANDS = {
     "serve": "run one role: router, prefill or decode",
     "generate": "send one prompt and print the answer as it comes",
     "doctor": "say what this machine can do: devices, shared memory, connectors and their GB/s",
+    "cache": "look into the tiers that keep KV on disk and in Redis: what is there, is it whole, remove it",
     "bench": "measure: how fast the connectors move KV blocks here, and other benchmarks",
 }
 
