@@ -5,7 +5,7 @@ scripts/bench tier_codecs --layers 4 --head-dim 128 --tokens 4096
 
 KV of a random Llama of `transformers` over random tokens, in the parts that tiers keep, on one thread; beside it a copy
 of the same bytes. Random weights give KV without the outliers of trained ones: ratios of a real model differ, and its
-error under fp8 is larger beside the scale that an outlier sets. Errors are relative to the largest value of a head.
+error under fp8 is larger beside the scale that an outlier sets. Errors are relative to the largest value of a vector.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ sys.path[:0] = [str(ROOT / "bench")]
 
 from measured import print_table, provenance, write_result  # noqa: E402
 
-from kvrelay_transfer.tiers.codec import Codec  # noqa: E402
 from kvrelay_transfer.tiers.codec_fp8 import Fp8Codec  # noqa: E402
 from kvrelay_transfer.tiers.codec_zstd import ZstdCodec  # noqa: E402
+from kvrelay_transfer.tiers.part_mover import Codec  # noqa: E402
 
 CHUNK_TOKENS = 256
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,7 +41,7 @@ class CodecRow(Struct, frozen=True):
     encode_gb_per_s: float  # raw bytes
     decode_gb_per_s: float
     copy_gb_per_s: float  # of the same bytes, beside it
-    mean_error: float  # of the largest value of a head
+    mean_error: float  # of the largest value of a vector
     max_error: float
 
 
@@ -104,10 +104,7 @@ def measure(dtype: str, name: str, codec: Codec, kv: torch.Tensor) -> CodecRow:
 
 
 def _errors(part: memoryview, decoded: memoryview, dtype: str, head_dim: int) -> NDArray[np.float64]:
-    raw, got = (
-        torch.frombuffer(data, dtype=DTYPES[dtype]).double().view(-1, CHUNK_TOKENS * head_dim)
-        for data in (part, decoded)
-    )
+    raw, got = (torch.frombuffer(data, dtype=DTYPES[dtype]).double().view(-1, head_dim) for data in (part, decoded))
     return ((got - raw).abs() / raw.abs().amax(1, keepdim=True)).flatten().numpy()
 
 
@@ -132,7 +129,7 @@ def main() -> None:
     rows = []
     for dtype, torch_dtype in DTYPES.items():
         codecs: dict[str, Codec] = {
-            "zstd": ZstdCodec(torch_dtype.itemsize), "fp8": Fp8Codec(dtype, CHUNK_TOKENS * args.head_dim)
+            "zstd": ZstdCodec(torch_dtype.itemsize), "fp8": Fp8Codec(dtype, args.head_dim)
         }  # fmt: skip
         rows += [measure(dtype, name, codec, kv) for name, codec in codecs.items()]
     header = ["KV", "codec", "size", "encode GB/s", "decode GB/s", "copy GB/s", "mean error", "largest error"]

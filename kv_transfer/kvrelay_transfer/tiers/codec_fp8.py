@@ -1,9 +1,9 @@
-"""Lossy: elements become fp8 (e4m3, 3 bits of mantissa), with a scale for each head's keys or values in a part.
+"""Lossy: elements become fp8 (e4m3, 3 bits of mantissa), with a scale for each head's key or value of a token.
 
-Half of the bytes of bf16, a quarter of fp32. A value is off by at most 2^-4 of its own size; a tiny one beside the
-largest of its head, by at most 2^-10 of that one's 1/448. Tokens may differ from those without it: it is for users who
-ask for it. (Micikevicius et al., "FP8 formats for deep learning", arXiv 2209.05433.) A part with a value that is not a
-number is kept raw. Knows how many elements a head has in a part, nothing else of its shape.
+About half of the bytes of bf16, a quarter of fp32. A value is off by at most 2^-4 of its own size; a tiny one beside
+the largest of its vector, by at most 2^-10 of that one's 1/448. Tokens may differ from those without it: it is for
+users who ask for it. (Micikevicius et al., "FP8 formats for deep learning", arXiv 2209.05433.) A part with a value that
+is not a number is kept raw. Knows how long a vector is, nothing else of a part's shape.
 """
 
 from __future__ import annotations
@@ -18,48 +18,48 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 class Fp8Codec:
-    """Implements `codec.Codec`. The body: scales `[heads]` as fp32, then elements `[heads, head_elements]` as e4m3."""
+    """Implements `part_mover.Codec`. The body: scales [vectors] as fp32, then elements [vectors, head_dim] as e4m3."""
 
     number = 2
     name = "fp8"
 
-    def __init__(self, dtype: str, head_elements: int) -> None:
-        """`head_elements`: chunk_tokens x head_dim. Raises ConfigError for a dtype that is no larger than fp8."""
+    def __init__(self, dtype: str, head_dim: int) -> None:
+        """Raises ConfigError for a dtype that is no larger than fp8."""
         if dtype not in _DTYPES:
             raise ConfigError(f"KV of dtype {dtype} cannot be kept as fp8; use another --cache-codec")
         self._dtype = _DTYPES[dtype]
-        self._head_elements = head_elements
-        self._head_bytes = head_elements * self._dtype.itemsize
+        self._head_dim = head_dim
+        self._vector_bytes = head_dim * self._dtype.itemsize
 
     def encode(self, raw: memoryview, into: memoryview) -> int | None:
-        num_heads, rest = divmod(len(raw), self._head_bytes)
-        if rest or not num_heads:
+        num_vectors, rest = divmod(len(raw), self._vector_bytes)
+        if rest or not num_vectors:
             return None
-        values = torch.frombuffer(raw, dtype=self._dtype).view(num_heads, -1).float()
+        values = torch.frombuffer(raw, dtype=self._dtype).view(num_vectors, -1).float()
         largest = values.abs().amax(1)
         if not bool(torch.isfinite(largest).all()):
             return None
         scales = torch.where(largest > 0, largest / _LARGEST, 1.0).clamp(min=torch.finfo(torch.float32).tiny)
         small = (values / scales[:, None]).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
-        length = self._body_bytes(num_heads)
+        length = self._body_bytes(num_vectors)
         body = torch.frombuffer(into, dtype=torch.uint8, count=length)
-        body[: num_heads * _SCALE_BYTES] = scales.view(torch.uint8)
-        body[num_heads * _SCALE_BYTES :] = small.view(torch.uint8).flatten()
+        body[: num_vectors * _SCALE_BYTES] = scales.view(torch.uint8)
+        body[num_vectors * _SCALE_BYTES :] = small.view(torch.uint8).flatten()
         return length
 
     def decode(self, body: memoryview, into: memoryview) -> bool:
-        num_heads, rest = divmod(len(into), self._head_bytes)
-        if rest or not num_heads or len(body) != self._body_bytes(num_heads):
+        num_vectors, rest = divmod(len(into), self._vector_bytes)
+        if rest or not num_vectors or len(body) != self._body_bytes(num_vectors):
             return False
         # A copy: the body may begin anywhere in memory.
         copy = torch.frombuffer(bytearray(body), dtype=torch.uint8)
-        scales = copy[: num_heads * _SCALE_BYTES].clone().view(torch.float32)
-        small = copy[num_heads * _SCALE_BYTES :].view(torch.float8_e4m3fn).view(num_heads, -1)
+        scales = copy[: num_vectors * _SCALE_BYTES].clone().view(torch.float32)
+        small = copy[num_vectors * _SCALE_BYTES :].view(torch.float8_e4m3fn).view(num_vectors, -1)
         if not bool(torch.isfinite(scales).all()):
             return False
-        values = torch.frombuffer(into, dtype=self._dtype).view(num_heads, -1)
+        values = torch.frombuffer(into, dtype=self._dtype).view(num_vectors, -1)
         values.copy_(small.float() * scales[:, None])
         return True
 
-    def _body_bytes(self, num_heads: int) -> int:
-        return num_heads * (_SCALE_BYTES + self._head_elements)
+    def _body_bytes(self, num_vectors: int) -> int:
+        return num_vectors * (_SCALE_BYTES + self._head_dim)

@@ -12,19 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvrelay_core.errors import ConfigError
-from kvrelay_transfer.tiers.codec import Codec
 from kvrelay_transfer.tiers.codec_fp8 import Fp8Codec
 from kvrelay_transfer.tiers.codec_zstd import ZstdCodec
+from kvrelay_transfer.tiers.part_mover import Codec
 
-HEAD_ELEMENTS = 64 * 16
+HEAD_DIM = 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def part_of(dtype: str, num_heads: int = 6, scale: float = 3.0, seed: int = 1) -> tuple[torch.Tensor, memoryview]:
-    """Values `[heads, elements]`, of another size in each head, and their bytes."""
+def part_of(dtype: str, num_vectors: int = 1024, scale: float = 3.0, seed: int = 1) -> tuple[torch.Tensor, memoryview]:
+    """Values [vectors, head_dim], of another size in each, and their bytes."""
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(num_heads, HEAD_ELEMENTS, generator=generator) * scale
-    values *= torch.logspace(-2, 1, num_heads)[:, None]
+    values = torch.randn(num_vectors, HEAD_DIM, generator=generator) * scale
+    values *= torch.logspace(-2, 1, num_vectors)[:, None]
     part = values.to(DTYPES[dtype])
     return part, memoryview(bytearray(part.view(torch.uint8).numpy().tobytes()))
 
@@ -66,9 +66,9 @@ def test_a_part_that_is_no_whole_number_of_elements_is_kept_raw() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fp8_is_off_by_no_more_than_it_says(dtype: str) -> None:
     part, raw = part_of(dtype)
-    length, back = there_and_back(Fp8Codec(dtype, HEAD_ELEMENTS), raw)
-    assert length == 6 * (4 + HEAD_ELEMENTS)
-    values, got = part.double(), torch.frombuffer(back, dtype=DTYPES[dtype]).view(6, -1).double()
+    length, back = there_and_back(Fp8Codec(dtype, HEAD_DIM), raw)
+    assert length == 1024 * (4 + HEAD_DIM)
+    values, got = part.double(), torch.frombuffer(back, dtype=DTYPES[dtype]).view(1024, -1).double()
     largest = values.abs().amax(1, keepdim=True)
     rounding = 2.0**-8 if dtype == "bfloat16" else 2.0**-11 if dtype == "float16" else 2.0**-23
     bound = values.abs() * (2.0**-4 + 2 * rounding) + largest / 448 * 2.0**-10 * 1.01
@@ -77,9 +77,9 @@ def test_fp8_is_off_by_no_more_than_it_says(dtype: str) -> None:
 
 
 def test_fp8_keeps_zeros_and_the_largest_value() -> None:
-    part = torch.zeros(2, HEAD_ELEMENTS)
+    part = torch.zeros(2, HEAD_DIM)
     part[1, 5] = -7.0
-    _, back = there_and_back(Fp8Codec("float32", HEAD_ELEMENTS), memoryview(bytearray(part.numpy().tobytes())))
+    _, back = there_and_back(Fp8Codec("float32", HEAD_DIM), memoryview(bytearray(part.numpy().tobytes())))
     assert torch.equal(torch.frombuffer(back, dtype=torch.float32).view(2, -1), part)
 
 
@@ -88,7 +88,7 @@ def test_fp8_keeps_a_part_raw_whose_values_are_not_numbers(bad: float) -> None:
     part, _ = part_of("float32")
     part[3, 7] = bad
     raw = memoryview(bytearray(part.numpy().tobytes()))
-    assert Fp8Codec("float32", HEAD_ELEMENTS).encode(raw, memoryview(bytearray(len(raw)))) is None
+    assert Fp8Codec("float32", HEAD_DIM).encode(raw, memoryview(bytearray(len(raw)))) is None
 
 
 def test_fp8_of_fp8_is_refused_at_start() -> None:
@@ -108,7 +108,7 @@ def test_rubbish_is_refused_or_fills_its_room(name: str, body: bytes, num_bytes:
 @given(position=st.integers(0, 10_000), bit=st.integers(0, 7))
 def test_a_flipped_bit_never_raises(position: int, bit: int) -> None:
     """That it is noticed is the checksum's part."""
-    codec, (_, raw) = ZstdCodec(4), part_of("float32", num_heads=1)
+    codec, (_, raw) = ZstdCodec(4), part_of("float32", num_vectors=16)
     into = memoryview(bytearray(len(raw)))
     length = codec.encode(raw, into)
     assert length is not None
