@@ -143,6 +143,11 @@ class Cluster:
         lines = self.log_path.read_text(errors="replace").splitlines()
         return "\n".join([f"--- {self.log_path}", *lines[-200:]])
 
+    def everything_said(self) -> str:
+        """All of its log, and the command lines of all processes."""
+        pids = (self._up.pid, *descendants(self._up.pid))
+        return "\n".join([self.log_path.read_text(errors="replace"), *(" ".join(command_line(pid)) for pid in pids)])
+
     # ------------------------------------------------------------------------------------------- processes
 
     @property
