@@ -1,10 +1,12 @@
-"""Host memory for parts: one span, taken at start and cut into equal slots. Pinned where a GPU copies to and from it.
+"""Host memory for parts: one span, cut into equal slots. Pinned where a GPU copies to and from it; else it is taken as
+it is first written to, once there turned out to be so much at start.
 
 Knows no keys and no owners (`host_store.py`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import weakref
@@ -35,7 +37,8 @@ class HostSlab:
                 needed_bytes=size_bytes,
             )
         mapping = mmap.mmap(-1, size_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        mapping.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            mapping.madvise(mmap.MADV_HUGEPAGE)
         if is_pinned:
             _pin(mapping)
         self._view = memoryview(mapping)

@@ -39,12 +39,17 @@ class WriteDown:
 
     def make_way(self) -> None:
         """Writes the next part that is to be evicted and is nowhere else, if the time for that is near."""
-        if not self._tiers or self._host.num_free >= self._num_ahead:
+        if self._host.num_free >= self._num_ahead:
             return
-        coldest = self._host.borrow_coldest(self._is_lacking, max_asked=2 * self._num_ahead)
+        # What one lacks that is down keeps nothing from the others.
+        tiers = [tier for tier in self._tiers if tier.can_write]
+        coldest = self._host.borrow_coldest(
+            lambda key: any(key not in tier.known for tier in tiers), max_asked=2 * self._num_ahead
+        )
         if coldest is not None:
             with coldest as part:
-                self._post_everywhere(part.key)
+                for tier in tiers:
+                    self._post(tier, part.key)
 
     def is_kept(self, key: PartKey) -> bool:
         """Some tier below has it, or will: evicting it from host memory loses nothing."""
@@ -52,17 +57,10 @@ class WriteDown:
 
     def write_all(self, until_s: float) -> None:
         """Whatever a tier lacks is written, newest first, until then (`time.monotonic`). Waits for room in queues."""
-        for key in reversed(self._host.oldest_first()):
-            for tier in self._tiers:
+        for tier in self._tiers:
+            for key in reversed(self._host.oldest_first()):
                 if key not in tier.known and tier.can_write and tier.writers.wait_room(until_s - time.monotonic()):
                     self._post(tier, key, until_s)
-
-    def _is_lacking(self, key: PartKey) -> bool:
-        return any(key not in tier.known for tier in self._tiers)
-
-    def _post_everywhere(self, key: PartKey) -> None:
-        for tier in self._tiers:
-            self._post(tier, key)
 
     def _post(self, tier: Tier, key: PartKey, until_s: float = 0.0) -> None:
         if not tier.known.claim(key):

@@ -39,6 +39,18 @@ def test_on_eviction_a_tier_gets_each_part_before_host_memory_evicts_it() -> Non
         assert rig.fetch(records).finish() == 100
 
 
+def test_a_tier_that_is_down_keeps_no_part_from_the_next_one() -> None:
+    disk, redis = FakeStore(name="disk"), FakeStore(name="redis")
+    disk.set_faults({Fault.ERROR: 1.0})
+    with ChainRig(disk, redis, num_slots=32, policies=[EVICTION, EVICTION]) as rig:
+        records = records_of(*range(60))
+        for record in records:
+            rig.offer(record)
+            settled(rig)
+        assert rig.host.usage().num_parts == 32 and redis.usage().num_parts >= 88
+        assert rig.fetch(records).finish() == 60
+
+
 def test_promoted_parts_make_way_too() -> None:
     disk, redis = FakeStore(name="disk"), FakeStore(name="redis")
     records = records_of(*range(60))
