@@ -11,6 +11,7 @@ from handoff_sides import wait_until
 
 from kvrelay_core.clock import ManualClock
 from kvrelay_transfer.tiers.chain import TierChain
+from kvrelay_transfer.tiers.codec import Codec
 from kvrelay_transfer.tiers.eviction import Eviction
 from kvrelay_transfer.tiers.fake_store import FakeStore
 from kvrelay_transfer.tiers.fetch import Fetch, FetchLimits
@@ -18,7 +19,6 @@ from kvrelay_transfer.tiers.host_slab import HostSlab
 from kvrelay_transfer.tiers.host_store import HostStore
 from kvrelay_transfer.tiers.part_format import HEADER_BYTES, PartHeader, seal_part
 from kvrelay_transfer.tiers.part_key import KeyMaker, PartKey
-from kvrelay_transfer.tiers.part_mover import Codec
 from kvrelay_transfer.tiers.part_store import PartStore
 from kvrelay_transfer.tiers.records import Record, RecordDestination
 from kvrelay_transfer.tiers.tier import Tier, TierLimits, WritePolicy

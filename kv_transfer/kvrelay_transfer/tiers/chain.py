@@ -10,10 +10,11 @@ import time
 from collections.abc import Sequence
 
 from kvrelay_core.clock import Clock, MonotonicClock
+from kvrelay_transfer.tiers.codec import Codec
 from kvrelay_transfer.tiers.fetch import Fetch, FetchLimits, IsWorth, TakeRoom
 from kvrelay_transfer.tiers.gatherer import Gatherer
 from kvrelay_transfer.tiers.host_store import HostStore
-from kvrelay_transfer.tiers.part_mover import Codec, PartMover
+from kvrelay_transfer.tiers.part_mover import PartMover
 from kvrelay_transfer.tiers.records import Record, RecordSource
 from kvrelay_transfer.tiers.tier import Tier
 from kvrelay_transfer.tiers.tier_stack import HostTier, TierStack

@@ -9,29 +9,13 @@ from __future__ import annotations
 import mmap
 import threading
 from collections.abc import Callable
-from typing import Protocol
 
+from kvrelay_transfer.tiers.codec import Codec
 from kvrelay_transfer.tiers.host_store import Borrow, HostPart, HostStore
 from kvrelay_transfer.tiers.part_format import HEADER_BYTES, PartHeader, open_part, seal_part
 from kvrelay_transfer.tiers.part_key import PartKey
 from kvrelay_transfer.tiers.tier import Tier
 from kvrelay_transfer.tiers.tier_stats import Count
-
-
-class Codec(Protocol):
-    """Makes parts smaller on their way to a tier. Thread-safe."""
-
-    @property
-    def number(self) -> int:
-        """What headers call it, from 1 on."""
-        ...
-
-    def encode(self, raw: memoryview, into: memoryview) -> int | None:
-        """The length of what is in `into`, which is as long as `raw`. None: it is not worth it, keep it raw."""
-
-    def decode(self, body: memoryview, into: memoryview) -> bool:
-        """Fills `into`, which is as long as the raw part was. False: `body` is not what `encode` makes."""
-        ...
 
 
 class LoadedPart:

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from tier_rig import ChainRig, FakeSource, FetchRig, put, record_of, records_of
 
+from kvrelay_transfer.tiers.codec_zstd import ZstdCodec
 from kvrelay_transfer.tiers.disk_store import DiskStore
 from kvrelay_transfer.tiers.fake_store import FakeStore, Fault
 from kvrelay_transfer.tiers.part_format import HEADER_BYTES, PartHeader, open_part, seal_part
 from kvrelay_transfer.tiers.records import Record
+from kvrelay_transfer.tiers.s3_fifo import S3Fifo
 from kvrelay_transfer.tiers.tier import WritePolicy
 
 
@@ -66,7 +68,10 @@ def test_two_workers_that_share_a_tier_under_faults(seed: int) -> None:
     faults = dict.fromkeys((Fault.MISSING, Fault.TRUNCATED, Fault.FLIPPED, Fault.SWAPPED, Fault.TORN), 0.02)
     disk, redis = (FakeStore(faults, name=name, seed=seed, capacity_bytes=200_000) for name in ("disk", "redis"))
     policies = (WritePolicy.EVICTION, WritePolicy.COMPLETION)
-    with ChainRig(disk, redis, num_slots=24, policies=policies) as first, ChainRig(redis, num_slots=12) as second:
+    with (
+        ChainRig(disk, redis, num_slots=24, policies=policies) as first,
+        ChainRig(redis, num_slots=12, eviction=S3Fifo()) as second,
+    ):
         fetches: list[FetchRig] = []
         num_loaded = 0
         for _ in range(150):
@@ -137,6 +142,19 @@ def test_parts_are_encoded_in_tiers_and_raw_in_host_memory(secret: bytes) -> Non
             assert [fetch.destinations[0].parts[part] for part in (0, 1)] == source.raw
             assert rig.counts(place)["hits"] == 2
             rig.host.clear()
+
+
+def test_a_lossless_codec_gives_back_every_bit() -> None:
+    store = FakeStore()
+    record = record_of(1)
+    with ChainRig(store, codec=ZstdCodec(element_bytes=2)) as rig:
+        source = SparseSource(record)
+        assert rig.chain.offer(record, source) and rig.chain.drain(10)
+        assert 4000 < store.usage().used_bytes < 7000, "one of the two is smaller"
+        rig.host.clear()
+        fetch = rig.fetch([record])
+        fetch.poll_to_the_end()
+        assert [fetch.destinations[0].parts[part] for part in (0, 1)] == source.raw
 
 
 def test_a_part_that_its_codec_cannot_read_is_bad() -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 from handoff_sides import wait_until
 from tier_rig import ChainRig, put, record_of, records_of
 
+from kvrelay_transfer.tiers.eviction import Eviction, Lru
 from kvrelay_transfer.tiers.fake_store import FakeStore, Fault
+from kvrelay_transfer.tiers.part_key import PartKey
+from kvrelay_transfer.tiers.s3_fifo import S3Fifo
 from kvrelay_transfer.tiers.tier import TierLimits, WritePolicy
 
 EVICTION = WritePolicy.EVICTION
@@ -27,9 +31,10 @@ def test_on_eviction_a_tier_gets_nothing_while_there_is_room() -> None:
         assert store.usage().num_parts == 0 and rig.host.usage().num_parts == 40
 
 
-def test_on_eviction_a_tier_gets_each_part_before_host_memory_evicts_it() -> None:
+@pytest.mark.parametrize("order", [Lru, S3Fifo])
+def test_on_eviction_a_tier_gets_each_part_before_host_memory_evicts_it(order: type[Eviction[PartKey]]) -> None:
     store = FakeStore()
-    with ChainRig(store, num_slots=64, policies=[EVICTION]) as rig:
+    with ChainRig(store, num_slots=64, policies=[EVICTION], eviction=order()) as rig:
         records = records_of(*range(100))
         for record in records:
             rig.offer(record)
