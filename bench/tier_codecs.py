@@ -26,9 +26,9 @@ sys.path[:0] = [str(ROOT / "bench")]
 
 from measured import print_table, provenance, write_result  # noqa: E402
 
+from kvrelay_transfer.tiers.codec import Codec  # noqa: E402
 from kvrelay_transfer.tiers.codec_fp8 import Fp8Codec  # noqa: E402
 from kvrelay_transfer.tiers.codec_zstd import ZstdCodec  # noqa: E402
-from kvrelay_transfer.tiers.part_mover import Codec  # noqa: E402
 
 CHUNK_TOKENS = 256
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

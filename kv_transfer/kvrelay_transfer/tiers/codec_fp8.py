@@ -18,7 +18,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 class Fp8Codec:
-    """Implements `part_mover.Codec`. The body: scales [vectors] as fp32, then elements [vectors, head_dim] as e4m3."""
+    """Implements `codec.Codec`. The body: scales [vectors] as fp32, then elements [vectors, head_dim] as e4m3."""
 
     number = 2
     name = "fp8"

@@ -18,7 +18,7 @@ _LENGTH_BYTES = 4
 
 
 class ZstdCodec:
-    """Implements `part_mover.Codec`. The body: each plane's length as u32, then the planes as zstd frames."""
+    """Implements `codec.Codec`. The body: each plane's length as u32, then the planes as zstd frames."""
 
     number = 1
     name = "zstd"

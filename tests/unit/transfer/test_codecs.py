@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvrelay_core.errors import ConfigError
+from kvrelay_transfer.tiers.codec import Codec
 from kvrelay_transfer.tiers.codec_fp8 import Fp8Codec
 from kvrelay_transfer.tiers.codec_zstd import ZstdCodec
-from kvrelay_transfer.tiers.part_mover import Codec
 
 HEAD_DIM = 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
