@@ -38,6 +38,8 @@ WORKER_FLAGS = (
     "--redis-url",
     "--redis-password-file",
     "--cache-secret-file",
+    "--cache-codec",
+    "--cache-policy",
 )
 # What `up` hands to the router as it is.
 ROUTER_FLAGS = ("--served-model-name", "--api-key-file", "--placement", "--media-url-hosts")

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 
 from kvrelay_cli import flag_types
 
+CODECS = ("none", "zstd", "fp8")
+POLICIES = ("lru", "s3-fifo")
+
 if TYPE_CHECKING:
     from kvrelay_transfer.tiers.tier_config import TierConfig
 
@@ -20,6 +23,16 @@ def add_tier_flags(parser: argparse.ArgumentParser) -> None:
         "--host-cache", type=flag_types.size, metavar="SIZE", help="host memory of each worker, such as 4GiB"
     )
     add_shared_tier_flags(group)
+    group.add_argument(
+        "--cache-codec",
+        choices=CODECS,
+        help="makes parts on disk and in Redis smaller: none (default), zstd (lossless), fp8 (answers may change)",
+    )
+    group.add_argument(
+        "--cache-policy",
+        choices=POLICIES,
+        help="who goes first where host memory is full: lru (default), or s3-fifo, which long scans do not flush",
+    )
 
 
 def add_shared_tier_flags(group: argparse._ActionsContainer) -> None:
@@ -60,6 +73,8 @@ def tier_config(args: argparse.Namespace) -> TierConfig:
         disk_bytes=folder.size_bytes,
         redis_url=args.redis_url or "",
         redis_password_file=args.redis_password_file or "",
+        codec=getattr(args, "cache_codec", None) or "none",
+        policy=getattr(args, "cache_policy", None) or "lru",
         secret_file=args.cache_secret_file or "",
     )
     config.validate()

@@ -11,7 +11,7 @@ from kvrelay_engine.kv_tiers import KvTiers
 from kvrelay_transfer.tiers.chain import TierChain
 from kvrelay_transfer.tiers.kv_chunks import KvChunks
 from kvrelay_transfer.tiers.kv_records import KvRecords
-from kvrelay_transfer.tiers.make import kv_keys, make_chain
+from kvrelay_transfer.tiers.make import kv_keys, make_kv_chain
 from kvrelay_transfer.tiers.tier_config import TierConfig
 
 logger = logging.getLogger(__name__)
@@ -31,9 +31,9 @@ def build_tiers(
         logger.warning("the tiers are off: this model has layers with a window, whose KV they do not keep yet")
         return None
     chunks = KvChunks.of(kv.groups[0].layout)
-    chain = make_chain(config, max(chunks.part_bytes), clock, is_pinned=kv.memories[0].device == "cuda")
+    chain = make_kv_chain(config, chunks, clock, is_pinned=kv.memories[0].device == "cuda")
     stack.callback(_end, chain)
-    keys = kv_keys(chunks, model_fingerprint, config.read_secret())
+    keys = kv_keys(chunks, model_fingerprint, config.codec, config.read_secret())
     logger.info("KV is kept in tiers, in chunks of %d tokens", chunks.chunk_tokens)
     return KvTiers(chain, KvRecords(kv.memories[0], chunks, keys))
 

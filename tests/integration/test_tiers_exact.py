@@ -81,6 +81,20 @@ async def test_prefill_and_decode_may_cut_their_pools_differently(
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("model", ["llama3_scaled", "qwen3"])
+async def test_a_lossless_codec_changes_nothing(
+    checkpoint: CheckpointMaker, redis: RedisServer, tmp_path: Path, model: str
+) -> None:
+    model_dir = checkpoint(model)
+    asked = await asyncio.to_thread(question, model_dir, 1000)
+    for codec, num_cached in (("zstd", 0), ("zstd", chunks(999)), ("none", 0)):
+        flags = flags_of("redis", redis, tmp_path) | {"cache_codec": codec}
+        with Cluster(model_dir, **flags) as cluster:
+            assert (await check(cluster, asked)).end.usage.cached_tokens == num_cached
+            cluster.assert_no_leaks()
+
+
+@pytest.mark.full
 async def test_nobody_without_the_secret_finds_or_forges(
     checkpoint: CheckpointMaker, redis: RedisServer, tmp_path: Path
 ) -> None:

@@ -15,6 +15,8 @@ from kvrelay_core.errors import ConfigError
 
 PASSWORD_VARIABLE = "KVRELAY_REDIS_PASSWORD"
 SECRET_BYTES = 32
+CODECS = ("none", "zstd", "fp8")
+POLICIES = ("lru", "s3-fifo")
 
 
 class TierConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -25,6 +27,8 @@ class TierConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     disk_bytes: int = 0
     redis_url: str = ""  # without a password
     redis_password_file: str = ""
+    codec: str = "none"  # of parts below host memory; fp8 is not lossless
+    policy: str = "lru"  # who goes first where host memory is full
     secret_file: str = ""  # of keys and checksums: who does not have it can neither ask for parts nor make any
 
     @property
@@ -42,6 +46,9 @@ class TierConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ConfigError("--host-cache must not be negative", field="host_bytes")
         if bool(self.disk_dir) != (self.disk_bytes > 0):
             raise ConfigError("--disk-cache needs a folder and a size: DIR:20GiB", field="disk_dir")
+        for flag, value, known in (("--cache-codec", self.codec, CODECS), ("--cache-policy", self.policy, POLICIES)):
+            if value not in known:
+                raise ConfigError(f"{flag} must be {', '.join(known)}, not {value!r}")
         if self.redis_password_file and not self.redis_url:
             raise ConfigError("--redis-password-file is for --redis-url", field="redis_password_file")
         if "@" in self.redis_url and _has_password(self.redis_url):

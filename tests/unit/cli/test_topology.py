@@ -98,6 +98,7 @@ def test_serve_takes_every_command_that_up_makes() -> None:
         "--device cuda --prefill-devices 0 --decode-devices 1 --encoder 1 --encoder-devices 2"
         " --embedding-mib 64 --max-patches 100 --decode-threads 3 --sliding-blocks 12"
         " --host-cache 1GiB --disk-cache d:2.5GiB --redis-url redis://h:1 --redis-password-file p --cache-secret-file s"
+        " --cache-codec zstd --cache-policy s3-fifo"
     )
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)

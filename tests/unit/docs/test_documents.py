@@ -108,7 +108,9 @@ def test_flags_of_clusters_and_roles_are_documented_and_exist() -> None:
 
 
 def test_flags_named_anywhere_exist() -> None:
-    real = {flag for command in ("up", "serve", "generate", "doctor") for flag in flags_of(build_parser(command))}
+    real = {
+        flag for command in ("up", "serve", "generate", "doctor", "cache") for flag in flags_of(build_parser(command))
+    }
     elsewhere = {"--check", "--full"}  # of scripts/proto and scripts/test
     for document in ROOT.glob("docs/**/*.md"):
         named = set(re.findall(r"`(--[a-z][\w-]+)", document.read_text()))

@@ -11,8 +11,8 @@ from kvrelay_core.clock import ManualClock
 from kvrelay_core.errors import ConfigError
 from kvrelay_transfer.layout import KvLayout
 from kvrelay_transfer.tiers.kv_chunks import KvChunks
-from kvrelay_transfer.tiers.make import kv_keys, make_chain
-from kvrelay_transfer.tiers.tier_config import PASSWORD_VARIABLE, TierConfig
+from kvrelay_transfer.tiers.make import kv_keys, make_kv_chain
+from kvrelay_transfer.tiers.tier_config import CODECS, PASSWORD_VARIABLE, TierConfig
 
 LAYOUT = KvLayout("float32", num_layers=2, num_kv_heads=2, block_tokens=16, head_dim=8)
 SECRET = bytes(range(32))
@@ -28,6 +28,8 @@ def test_nothing_given_is_no_tier() -> None:
     ("fields", "flag"),
     [
         ({"host_bytes": -1}, "--host-cache"),
+        ({"codec": "zip"}, "--cache-codec"),
+        ({"policy": "fifo"}, "--cache-policy"),
         ({"disk_dir": "d"}, "--disk-cache"),
         ({"disk_bytes": 1}, "--disk-cache"),
         ({"redis_password_file": "f"}, "--redis-url"),
@@ -73,16 +75,18 @@ def test_what_is_no_secret_is_refused(tmp_path: Path, content: bytes) -> None:
         TierConfig(secret_file=str(path)).read_secret()
 
 
-def test_the_chain_has_what_the_configuration_says(tmp_path: Path) -> None:
-    config = TierConfig(host_bytes=1 << 20, disk_dir=str(tmp_path / "kv"), disk_bytes=1 << 20)
-    chain = make_chain(config, 4096, ManualClock(), is_pinned=False)
+@pytest.mark.parametrize("codec", CODECS)
+def test_the_chain_has_what_the_configuration_says(tmp_path: Path, codec: str) -> None:
+    place = {"disk_dir": str(tmp_path / "kv"), "disk_bytes": 1 << 20}
+    config = msgspec.convert({"host_bytes": 1 << 20, "codec": codec, "policy": "s3-fifo", **place}, TierConfig)
+    chain = make_kv_chain(config, KvChunks.of(LAYOUT), ManualClock(), is_pinned=False)
     assert [tier.name for tier in chain.stats().tiers] == ["host", "disk"]
     chain.close()
 
 
-def keys_of(*, secret: bytes = b"", fingerprint: bytes = b"model", **changes: object) -> bytes:
+def keys_of(*, secret: bytes = b"", fingerprint: bytes = b"model", codec: str = "none", **changes: object) -> bytes:
     chunks = KvChunks.of(msgspec.structs.replace(LAYOUT, **changes))
-    return kv_keys(chunks, fingerprint, secret).namespace
+    return kv_keys(chunks, fingerprint, codec, secret).namespace
 
 
 def test_keys_tell_everything_but_the_size_of_blocks() -> None:
@@ -91,6 +95,6 @@ def test_keys_tell_everything_but_the_size_of_blocks() -> None:
     others = [
         keys_of(secret=SECRET), keys_of(fingerprint=b"other"), keys_of(dtype="bfloat16"), keys_of(num_layers=3),
         keys_of(num_kv_heads=1), keys_of(head_dim=16), keys_of(tp_size=2), keys_of(tp_size=2, tp_rank=1),
-        keys_of(window=32), keys_of(block_tokens=512),
+        keys_of(window=32), keys_of(block_tokens=512), keys_of(codec="fp8"),
     ]  # fmt: skip
     assert len({same, *others}) == 1 + len(others)
