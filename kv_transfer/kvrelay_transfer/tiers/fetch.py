@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
+from typing import NamedTuple
 
 from msgspec import Struct
 
@@ -33,6 +34,15 @@ IsWorth = Callable[[int, float], bool]
 class FetchLimits(Struct, frozen=True):
     max_parts_under_way: int = 8
     max_ahead_bytes: int = 256 << 20  # of records that have room and are not loaded
+
+
+class _Wanted(NamedTuple):
+    """Room for records [first, end), which could be loaded in about so many seconds."""
+
+    first: int
+    end: int
+    seconds: float
+    may_grow: bool  # more may be found: what is not worth it yet may be then
 
 
 class Fetch:
@@ -81,7 +91,7 @@ class Fetch:
                 self._end_now()
             wanted = self._wants_room()
         if wanted is not None:
-            self._ask_for_room(*wanted)
+            self._ask_for_room(wanted)
         self._show()
 
     def abort(self) -> None:
@@ -97,18 +107,19 @@ class Fetch:
             self.is_over = self._is_ended  # nothing more will come
             self.is_terminal = self._is_ended and self._num_copying == 0  # nobody writes to a destination any more
 
-    def _ask_for_room(self, first: int, end: int, seconds: float) -> None:
-        if not self._is_worth(end - first, seconds):
-            with self._lock:
-                if self._search.is_over:  # else there may be more, which is worth it
-                    self._end_at(first)
+    def _ask_for_room(self, wanted: _Wanted) -> None:
+        num_records = wanted.end - wanted.first
+        if not self._is_worth(num_records, wanted.seconds):
+            if not wanted.may_grow:
+                with self._lock:
+                    self._end_at(wanted.first)
             return
-        rooms = self._take_room(first, end)
+        rooms = self._take_room(wanted.first, wanted.end)
         with self._lock:
             if rooms is None:
-                self._end_at(first)
+                self._end_at(wanted.first)
             else:
-                assert len(rooms) == end - first
+                assert len(rooms) == num_records
                 self._rooms += rooms
             self._advance()
 
@@ -147,8 +158,8 @@ class Fetch:
         borrow.give_back()
         return False
 
-    def _wants_room(self) -> tuple[int, int, float] | None:
-        """Records [first, end) that are found and have no room yet, and in about what time they could be loaded."""
+    def _wants_room(self) -> _Wanted | None:
+        """Of what is found, the next that have no room yet, within the bound."""
         first, end = len(self._rooms), min(self._num_found(), self._end)
         ahead_bytes = sum(record.size_bytes for record in self._records[self._num_loaded : first])
         for number in range(first, end):
@@ -158,7 +169,7 @@ class Fetch:
                 break
         if self._is_ended or first >= end:
             return None
-        return first, end, self._seconds_for(first, end)
+        return _Wanted(first, end, self._seconds_for(first, end), may_grow=not self._search.is_over)
 
     def _seconds_for(self, first: int, end: int) -> float:
         """With what waits before them, each of which takes about as long as one part of these."""

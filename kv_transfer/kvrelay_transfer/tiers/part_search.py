@@ -13,6 +13,7 @@ from functools import partial
 from kvrelay_transfer.tiers.part_key import PartKey
 from kvrelay_transfer.tiers.tier import Tier
 from kvrelay_transfer.tiers.tier_stack import TierStack
+from kvrelay_transfer.tiers.tier_stats import Count
 from kvrelay_transfer.tiers.workers import Job
 
 HOST = -1
@@ -55,6 +56,7 @@ class PartSearch:
         if len(self.places) == len(self._keys):
             self.is_over = True
             return
+        self._stack.host.counts.add(Count.MISSES)
         for index, tier in enumerate(self._stack.tiers):
             if index not in self._lacking and self._ask(index, tier):
                 return

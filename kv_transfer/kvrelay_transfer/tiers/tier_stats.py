@@ -13,7 +13,7 @@ from kvrelay_transfer.tiers.part_store import StoreUsage
 
 class Count(Enum):
     HITS = "hits"  # parts that came back whole
-    MISSES = "misses"  # parts that were asked for and are not there
+    MISSES = "misses"  # parts that were looked for and are not there; those behind them are not looked for
     BAD = "bad"  # parts that are not what was asked for: damaged, truncated, foreign
     READ_BYTES = "read_bytes"
     WRITTEN = "written"  # parts

@@ -24,7 +24,7 @@ def test_what_was_offered_comes_back_from_host_memory() -> None:
         assert rig.chain.drain(10)
         fetch = rig.fetch([*records, record_of(4)])
         assert fetch.finish() == fetch.fetch.num_found == 3
-        assert rig.counts("host")["hits"] == 6
+        assert rig.counts("host")["hits"] == 6 and rig.counts("host")["misses"] == 1
 
 
 def test_what_was_offered_is_written_to_every_tier_and_found_there_by_others() -> None:

@@ -8,6 +8,7 @@ from tier_rig import PART_BYTES, ChainRig, FetchRig, GatedStore, put, record_of,
 
 from kvrelay_transfer.tiers.fake_store import FakeStore, Fault
 from kvrelay_transfer.tiers.fetch import FetchLimits
+from kvrelay_transfer.tiers.part_search import PartSearch
 from kvrelay_transfer.tiers.tier import TierLimits
 
 
@@ -123,6 +124,24 @@ def test_little_may_not_be_worth_it_when_more_is() -> None:
         fetch.poll_until(lambda: fetch.fetch.num_found == 4)
         assert not fetch.fetch.is_over and not fetch.destinations
         store.lookups.open()
+        assert fetch.finish() == 20
+
+
+def test_what_is_found_while_the_engine_judges_is_judged_too() -> None:
+    store = GatedStore()
+    records = records_of(*range(20))
+    put(store, *records)
+    store.lookups.shut(after=1)
+    with ChainRig(store) as rig:
+        search: list[PartSearch] = []
+
+        def is_worth(num_records: int, seconds: float) -> bool:
+            store.lookups.open()
+            wait_until(lambda: search[0].is_over)
+            return num_records == 20
+
+        fetch = rig.fetch(records, is_worth=is_worth)
+        search.append(fetch.fetch._search)
         assert fetch.finish() == 20
 
 
