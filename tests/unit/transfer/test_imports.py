@@ -20,6 +20,7 @@ TORCH_FREE = [
     "connectors.base",
     "connectors.copy_thread",
     "connectors.grpc",
+    "tiers.redis_store",
 ]
 
 

@@ -121,7 +121,7 @@ def test_a_server_that_is_killed_and_started_while_parts_come_and_go(server: Red
     for thread in threads:
         thread.start()
     try:
-        for _ in range(4):
+        for _ in range(3):
             seen = counts["hits"]
             await_more(lambda seen=seen: counts["hits"] > seen + 10)  # type: ignore[misc]
             server.restart()
@@ -242,7 +242,7 @@ def test_a_trickle_is_an_error(proxies: ProxyThread, proxy: CuttableProxy, hasty
     with pytest.raises(StoreError, match="within"):
         is_hit(hasty, 3, 2 * MIB)
     with pytest.raises(StoreError, match="within"):
-        put(hasty, 4, 32 * MIB)
+        put(hasty, 4, 16 * MIB)
     proxies.do(proxy.mend)
     assert is_hit(hasty, 3, 2 * MIB) and not is_hit(hasty, 4)
 
