@@ -77,7 +77,6 @@ class TierLoads:
         self._loads: dict[int, _Load] = {}
         self._given_up: list[_GivenUp] = []
         self.num_loaded_blocks = 0
-        self.num_loads = 0  # that brought something
 
     # ------------------------------------------------------------------------------------------- queries
 
@@ -140,7 +139,6 @@ class TierLoads:
             return
         load.fetch.abort()
         self._publish(load)
-        self.num_loads += load.num_published > 0
         self._pool.release(_flat(load.rooms[: load.num_published]))
         self._pool.release(load.cached)
         self._give_up(load.fetch, _flat(load.rooms[load.num_published :]))
