@@ -6,6 +6,7 @@ up, got, verified, kept in host memory and copied to its blocks in the pool.
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
@@ -33,6 +34,7 @@ from kvrelay_transfer.tiers.records import Record, RecordDestination
 from kvrelay_transfer.tiers.tier import Tier
 
 CHUNK_TOKENS = 512
+TRIES = 2
 # Layers, KV heads, head size: from their published configurations. In 16 bits.
 MODELS = {
     "Qwen2.5-0.5B": (24, 2, 64),
@@ -49,19 +51,19 @@ def token_bytes(model: str) -> int:
 
 
 def prefill_seconds(prompt_tokens: Sequence[int]) -> tuple[dict[int, float], KvLayout]:
-    """Of prompts of so many tokens, each once after a first; and the layout of their KV."""
+    """Of prompts of so many tokens, the best of some tries, which flatters computing; and the layout of their KV."""
     with tempfile.TemporaryDirectory(prefix="kvrelay-bench-") as folder:
         path = make_checkpoint(Path(folder) / "model", num_kv_heads=4, **SHAPE)
         rig = ModelRig(load_model(str(path), "float32", "cpu"), num_blocks=max(prompt_tokens) // 16 + 8)
     free = list(rig.free_blocks)
-    seconds = {}
-    for count in (min(prompt_tokens), *prompt_tokens):
+    seconds: dict[int, float] = {}
+    for count in sorted(prompt_tokens) * TRIES:
         rig.free_blocks[:] = free
         sequence = rig.add(make_prompts(1, count, seed=count)[0], 1)
         started_s = time.perf_counter()
         while not sequence.generated:
             rig.step([sequence], CHUNK_TOKENS)
-        seconds[count] = time.perf_counter() - started_s
+        seconds[count] = min(seconds.get(count, math.inf), time.perf_counter() - started_s)
     return seconds, rig.layouts[0]
 
 
