@@ -9,7 +9,6 @@ Nothing is kept on disk unless asked for, and no password is in a command line. 
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import socket
@@ -26,10 +25,9 @@ from urllib.parse import quote
 from certificates import CertificateAuthority
 from redis import Redis
 
-from kvrelay_core.parent_death import parent_death_tie
-
 START_DEADLINE_S = 20.0
 _POLL_S = 0.01
+_TIED = ("setpriv", "--pdeathsig", "KILL")  # of util-linux; the server takes its place
 _PORTS = 20_000, 32_000
 
 
@@ -61,10 +59,10 @@ class RedisProcess:
             "\n".join([*self._port_lines(), "bind 127.0.0.1", f"dir {self.directory}", *self._lines]) + "\n"
         )
         path.chmod(0o600)
+        # Not by a `preexec_fn`: that forks a process in which gRPC has threads, whose handlers may hang the child.
         self._process = subprocess.Popen(
-            ["redis-server", str(path), *(["--sentinel"] if self._is_sentinel else [])],
+            [*_TIED, "redis-server", str(path), *(["--sentinel"] if self._is_sentinel else [])],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            preexec_fn=parent_death_tie(os.getpid()),
         )  # fmt: skip
         self._await_ready()
 
