@@ -46,7 +46,7 @@ def _make_redis(config: TierConfig) -> PartStore:
 
 def make_kv_chain(config: TierConfig, chunks: KvChunks, clock: Clock, *, is_pinned: bool) -> TierChain:
     """`is_pinned`: a GPU copies to and from host memory. Raises ConfigError."""
-    secret, codec = config.read_secret(), _make_codec(config.codec, chunks)
+    secret, codec = config.read_secret(), make_codec(config.codec, chunks)
     host_bytes = _PASSING_BYTES if config.host_bytes is None else config.host_bytes
     slab = HostSlab(host_bytes, max(chunks.part_bytes), is_pinned=is_pinned)
     host = HostStore(slab, Lru() if config.policy == "lru" else S3Fifo(), secret=secret)
@@ -54,7 +54,8 @@ def make_kv_chain(config: TierConfig, chunks: KvChunks, clock: Clock, *, is_pinn
     return TierChain(host, tiers, codec=codec, secret=secret, clock=clock)
 
 
-def _make_codec(name: str, chunks: KvChunks) -> Codec | None:
+def make_codec(name: str, chunks: KvChunks) -> Codec | None:
+    """Raises ConfigError where it is not for KV of this dtype."""
     if name == "none":
         return None
     if name == "zstd":
@@ -63,7 +64,7 @@ def _make_codec(name: str, chunks: KvChunks) -> Codec | None:
         return ZstdCodec(ELEMENT_BYTES[chunks.layout.dtype])
     from kvrelay_transfer.tiers.codec_fp8 import Fp8Codec
 
-    return Fp8Codec(chunks.layout.dtype, chunks.chunk_tokens * chunks.layout.head_dim)
+    return Fp8Codec(chunks.layout.dtype, chunks.layout.head_dim)
 
 
 def kv_keys(chunks: KvChunks, model_fingerprint: bytes, codec: str, secret: bytes) -> KeyMaker:

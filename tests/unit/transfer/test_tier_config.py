@@ -9,9 +9,9 @@ import pytest
 
 from kvrelay_core.clock import ManualClock
 from kvrelay_core.errors import ConfigError
-from kvrelay_transfer.layout import KvLayout
+from kvrelay_transfer.layout import ELEMENT_BYTES, KvLayout
 from kvrelay_transfer.tiers.kv_chunks import KvChunks
-from kvrelay_transfer.tiers.make import kv_keys, make_kv_chain
+from kvrelay_transfer.tiers.make import kv_keys, make_codec, make_kv_chain
 from kvrelay_transfer.tiers.tier_config import CODECS, PASSWORD_VARIABLE, TierConfig
 
 LAYOUT = KvLayout("float32", num_layers=2, num_kv_heads=2, block_tokens=16, head_dim=8)
@@ -82,6 +82,17 @@ def test_the_chain_has_what_the_configuration_says(tmp_path: Path, codec: str) -
     chain = make_kv_chain(config, KvChunks.of(LAYOUT), ManualClock(), is_pinned=False)
     assert [tier.name for tier in chain.stats().tiers] == ["host", "disk"]
     chain.close()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fp8_scales_each_vector(dtype: str) -> None:
+    """So that one token's outlier does not cost the others of its chunk their digits."""
+    chunks = KvChunks.of(msgspec.structs.replace(LAYOUT, dtype=dtype))
+    codec = make_codec("fp8", chunks)
+    assert codec is not None and make_codec("none", chunks) is None
+    raw = memoryview(bytearray(chunks.part_bytes[0]))
+    num_vectors = len(raw) // ELEMENT_BYTES[dtype] // LAYOUT.head_dim
+    assert codec.encode(raw, memoryview(bytearray(len(raw)))) == num_vectors * (4 + LAYOUT.head_dim)
 
 
 def keys_of(*, secret: bytes = b"", fingerprint: bytes = b"model", codec: str = "none", **changes: object) -> bytes:
